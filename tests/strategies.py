@@ -1,0 +1,208 @@
+"""Hypothesis strategies: any float bits, any size, any alignment, any hyper-parameters.
+
+Large inputs are drawn as a recipe and a seed and made by NumPy, which is fast and shrinks to simple recipes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+Array = npt.NDArray[Any]
+
+FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+EDGE_SIZES = (0, 1, 2, 7, 8, 31, 32, 33, 255, 256, 257, 511, 512, 513, 4095, 4096, 4097)
+BLOCK = 256
+
+_SPECIAL = {  # quiet, signalling and negative NaN, infinities, zeros, denormals, smallest normal, largest, one
+    2: {
+        "float16": (0x7E00, 0x7C01, 0xFE55, 0x7C00, 0xFC00, 0, 0x8000, 1, 0x8001, 0x3FF, 0x400, 0x7BFF, 0xFBFF, 0x3C00),
+        "bfloat16": (0x7FC0, 0x7F81, 0xFFD5, 0x7F80, 0xFF80, 0, 0x8000, 1, 0x8001, 0x7F, 0x80, 0x7F7F, 0xFF7F, 0x3F80),
+    },
+    4: {
+        "float32": (
+            *(0x7FC00000, 0x7F800001, 0xFFD55555, 0x7F800000, 0xFF800000, 0, 0x80000000, 1, 0x80000001),
+            *(0x7FFFFF, 0x800000, 0x7F7FFFFF, 0xFF7FFFFF, 0x3F800000),
+        ),
+    },
+}
+
+
+def special_values(dtype: str) -> Array:
+    """Return the special values of a dtype: NaNs, infinities, zeros, denormals, the extremes, and 1."""
+    itemsize = FLOAT_DTYPES[dtype].itemsize
+    return np.array(_SPECIAL[itemsize][dtype], f"u{itemsize}").view(FLOAT_DTYPES[dtype])
+
+
+def _raw_bits(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    itemsize = FLOAT_DTYPES[dtype].itemsize
+    return rng.integers(0, 256**itemsize, size, dtype=f"u{itemsize}").view(FLOAT_DTYPES[dtype])
+
+
+def _finite_bits(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    values = _raw_bits(rng, dtype, size)
+    return np.where(np.isfinite(values.astype(np.float32)), values, FLOAT_DTYPES[dtype].type(1))
+
+
+def _special(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    return rng.choice(special_values(dtype), size)
+
+
+def _gradients(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    return (rng.standard_normal(size) * 10.0 ** rng.uniform(-6, 0)).astype(FLOAT_DTYPES[dtype])
+
+
+def _outlier(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    values = (rng.standard_normal(size) * 1e-4).astype(FLOAT_DTYPES[dtype])
+    if size:
+        values[rng.integers(size)] = 1000.0
+    return values
+
+
+def _one_not_finite(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    values = _gradients(rng, dtype, size)
+    if size:
+        values[rng.integers(size)] = rng.choice([np.nan, np.inf, -np.inf])
+    return values
+
+
+def _negative(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    return (-np.abs(rng.standard_normal(size)) * 1e-2 - 1e-6).astype(FLOAT_DTYPES[dtype])
+
+
+def _constant(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    return np.full(size, rng.standard_normal()).astype(FLOAT_DTYPES[dtype])
+
+
+def _denormal(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    mantissa_bits = {"float32": 23, "float16": 10, "bfloat16": 7}[dtype]
+    itemsize = FLOAT_DTYPES[dtype].itemsize
+    magnitude = rng.integers(0, 2**mantissa_bits, size, dtype=f"u{itemsize}")
+    sign = rng.integers(0, 2, size, dtype=f"u{itemsize}") << np.array(8 * itemsize - 1, f"u{itemsize}")
+    return (magnitude | sign).view(FLOAT_DTYPES[dtype])
+
+
+def _zero(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    return np.zeros(size, FLOAT_DTYPES[dtype])
+
+
+def _signed_zero(rng: np.random.Generator, dtype: str, size: int) -> Array:
+    return rng.choice(np.array([0.0, -0.0], FLOAT_DTYPES[dtype]), size)
+
+
+_RECIPES = {
+    "zero": _zero,
+    "constant": _constant,
+    "gradients": _gradients,
+    "negative": _negative,
+    "outlier": _outlier,
+    "signed_zero": _signed_zero,
+    "denormal": _denormal,
+    "one_not_finite": _one_not_finite,
+    "finite_bits": _finite_bits,
+    "special": _special,
+    "raw_bits": _raw_bits,
+}
+RECIPES = (*_RECIPES, "mixed")
+
+
+def make_floats(recipe: str, dtype: str, size: int, seed: int) -> Array:
+    """Return a flat array made by a recipe.
+
+    Args:
+        recipe: One of ``RECIPES``; "mixed" takes a recipe of its own for every 256 elements.
+        dtype: "float32", "float16" or "bfloat16".
+        size: Number of elements.
+        seed: Seed of the generator.
+
+    Returns:
+        Array of shape (size,) and the dtype.
+    """
+    rng = np.random.default_rng(seed)
+    with np.errstate(all="ignore"):
+        if recipe != "mixed":
+            return _RECIPES[recipe](rng, dtype, size)
+        array = np.empty(size, FLOAT_DTYPES[dtype])
+        names = list(_RECIPES)
+        for begin in range(0, size, BLOCK):
+            block = array[begin : begin + BLOCK]
+            block[:] = _RECIPES[names[rng.integers(len(names))]](rng, dtype, block.size)
+        return array
+
+
+def make_codes(size: int, seed: int) -> npt.NDArray[np.uint8]:
+    """Return ``size`` random codes."""
+    return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
+
+
+def dtypes() -> st.SearchStrategy[str]:
+    """Names of the parameter dtypes."""
+    return st.sampled_from(tuple(FLOAT_DTYPES))
+
+
+def sizes(max_size: int = 5000) -> st.SearchStrategy[int]:
+    """Element counts from 0 up to ``max_size``, half of them edges of a block or chunk."""
+    return st.sampled_from([size for size in EDGE_SIZES if size <= max_size]) | st.integers(0, max_size)
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """Seeds of generators."""
+    return st.integers(0, 2**32 - 1)
+
+
+def offsets(dtype: str) -> st.SearchStrategy[int]:
+    """Byte offsets from a 64-byte boundary that are legal for a dtype: multiples of its item size."""
+    itemsize = FLOAT_DTYPES[dtype].itemsize
+    return st.integers(0, 64 // itemsize - 1).map(lambda items: items * itemsize)
+
+
+def floats(dtype: str, size: int) -> st.SearchStrategy[Array]:
+    """Flat arrays of a dtype and size, by any recipe."""
+    return st.builds(make_floats, st.sampled_from(RECIPES), st.just(dtype), st.just(size), seeds())
+
+
+def finite_floats(dtype: str, size: int) -> st.SearchStrategy[Array]:
+    """Flat arrays of a dtype and size without NaN and infinity."""
+    recipes = [r for r in RECIPES if r not in ("one_not_finite", "special", "raw_bits", "mixed")]
+    return st.builds(make_floats, st.sampled_from(recipes), st.just(dtype), st.just(size), seeds())
+
+
+def codes(size: int) -> st.SearchStrategy[npt.NDArray[np.uint8]]:
+    """Flat uint8 arrays: any codes."""
+    return st.builds(make_codes, st.just(size), seeds())
+
+
+def learning_rates() -> st.SearchStrategy[float]:
+    """Learning rates from 0 up, the tiny ones included that half precision cannot hold."""
+    return st.sampled_from([1e-4, 0.0, 2e-8, 1e-3, 0.1, 1.0, 1e-45, 1e30]) | st.floats(0.0, 2.0)
+
+
+def betas() -> st.SearchStrategy[tuple[float, float]]:
+    """Pairs in [0, 1), the default and the ends included."""
+    beta = st.sampled_from([0.9, 0.99, 0.0, 0.5, 1.0 - 2.0**-53]) | st.floats(0.0, 1.0, exclude_max=True)
+    return st.just((0.9, 0.99)) | st.tuples(beta, beta)
+
+
+def weight_decays() -> st.SearchStrategy[float]:
+    """Weight decays, most often 0, up to those that turn the parameter's sign."""
+    return st.sampled_from([0.0, 0.01, 1e-3, 1.0, 30.0]) | st.floats(0.0, 2.0)
+
+
+def hyperparameters() -> st.SearchStrategy[tuple[float, tuple[float, float], float]]:
+    """Arguments of ``reference.coefficients``: lr, betas, weight_decay."""
+    return st.tuples(learning_rates(), betas(), weight_decays())
+
+
+def scales() -> st.SearchStrategy[np.float32]:
+    """Factors of the gradient: 1, those of clipping, and any float32 bits."""
+    clipping = st.floats(0.0, 1.0, width=32, exclude_min=True)
+    any_bits = st.integers(0, 2**32 - 1).map(lambda pattern: np.uint32(pattern).view(np.float32))
+    return st.just(np.float32(1.0)) | clipping.map(np.float32) | any_bits
