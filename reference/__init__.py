@@ -1,6 +1,6 @@
 """The executable specification: what every implementation must compute, to the bit, in NumPy."""
 
-from reference.clipping import percentile_clipping, squared_norm
+from reference.clipping import HISTORY, percentile_clipping, squared_norm
 from reference.lion import (
     BLOCK_SIZE,
     Coefficients,
@@ -18,6 +18,7 @@ from reference.quantization import (
 
 __all__ = [
     "BLOCK_SIZE",
+    "HISTORY",
     "Coefficients",
     "coefficients",
     "create_dynamic_map",

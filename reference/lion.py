@@ -14,6 +14,7 @@ import numpy.typing as npt
 from reference.quantization import Float32Array, Uint8Array, dequantize_blockwise, quantize_blockwise
 
 BLOCK_SIZE = 256
+UNSCALED = np.float32(1.0)
 
 
 class Coefficients(NamedTuple):
@@ -64,7 +65,7 @@ def update_32bit(
     grad: npt.NDArray[np.generic],
     momentum: Float32Array,
     k: Coefficients,
-    scale: np.float32 = np.float32(1.0),
+    scale: np.float32 = UNSCALED,
 ) -> tuple[npt.NDArray[np.generic], Float32Array]:
     """Return parameter and momentum after one Lion step with float32 momentum.
 
@@ -105,7 +106,7 @@ def update_8bit_blockwise(
     absmax: Float32Array,
     qmap: Float32Array,
     k: Coefficients,
-    scale: np.float32 = np.float32(1.0),
+    scale: np.float32 = UNSCALED,
     block_size: int = BLOCK_SIZE,
 ) -> tuple[npt.NDArray[np.generic], Uint8Array, Float32Array]:
     """Return parameter, codes and absmax after one Lion step with blockwise 8-bit momentum.
@@ -144,7 +145,7 @@ def update_8bit_tensorwise(
     absmax: Float32Array,
     qmap: Float32Array,
     k: Coefficients,
-    scale: np.float32 = np.float32(1.0),
+    scale: np.float32 = UNSCALED,
 ) -> tuple[npt.NDArray[np.generic], Uint8Array, Float32Array]:
     """Return parameter, codes and absmax after one Lion step with tensor-wise 8-bit momentum.
 

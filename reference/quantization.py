@@ -14,9 +14,7 @@ Uint8Array = npt.NDArray[np.uint8]
 SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
-def create_dynamic_map(
-    signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8
-) -> Float32Array:
+def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Float32Array:
     """Return the dynamic quantization map: 256 ascending values in [-1, 1], dense near zero.
 
     Each decade ``10**(i + 1 - max_exponent_bits)`` is cut linearly into twice as many values as the one below
@@ -139,9 +137,7 @@ def quantize_blockwise(
     return codes.reshape(values.shape), absmax
 
 
-def dequantize_blockwise(
-    codes: Uint8Array, absmax: Float32Array, qmap: Float32Array, block_size: int
-) -> Float32Array:
+def dequantize_blockwise(codes: Uint8Array, absmax: Float32Array, qmap: Float32Array, block_size: int) -> Float32Array:
     """Return the values that codes stand for: ``qmap[code] * absmax`` of the block.
 
     Args:

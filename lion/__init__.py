@@ -1,0 +1,18 @@
+"""Lion optimizers with 32-bit and 8-bit state for PyTorch, equal to their specification bit for bit."""
+
+from lion import functional
+from lion.backends import use_backend
+from lion.optimizers import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
+from lion.overrides import GlobalOptimManager
+
+__all__ = [
+    "GlobalOptimManager",
+    "Lion",
+    "Lion8bit",
+    "Lion32bit",
+    "PagedLion",
+    "PagedLion8bit",
+    "PagedLion32bit",
+    "functional",
+    "use_backend",
+]

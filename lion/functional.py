@@ -1,0 +1,200 @@
+"""Functions on tensors: the dynamic map, blockwise quantization, percentile clipping.
+
+Names and arguments are those of ``bitsandbytes.functional``; the values are those of :mod:`reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+import reference
+from lion import backends
+
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass
+class QuantState:
+    """What is needed, besides the codes, to dequantize a tensor.
+
+    Attributes:
+        absmax: float32, one value per block.
+        code: The quantization map, float32 of shape (256,).
+        blocksize: Elements in a block.
+        dtype: dtype of the tensor that was quantized.
+    """
+
+    absmax: Tensor
+    code: Tensor
+    blocksize: int
+    dtype: torch.dtype
+
+
+def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
+    """Return the dynamic quantization map; see :func:`reference.create_dynamic_map`.
+
+    Args:
+        signed: Whether negative values are represented too (default: True).
+        max_exponent_bits: Number of decades (default: 7).
+        total_bits: Bits of a code (default: 8).
+
+    Returns:
+        float32 CPU tensor of shape (256,), ascending.
+
+    Raises:
+        ValueError: If the bits do not fit.
+    """
+    return torch.from_numpy(reference.create_dynamic_map(signed, max_exponent_bits, total_bits))
+
+
+@lru_cache
+def shared_dynamic_map(device: torch.device) -> Tensor:
+    """Return the signed dynamic map on a device, the same tensor for all who ask."""
+    return create_dynamic_map().to(device)
+
+
+def quantize_blockwise(
+    A: Tensor,
+    code: Tensor | None = None,
+    absmax: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+) -> tuple[Tensor, QuantState]:
+    """Quantize a tensor to 8 bits in blocks; see :func:`reference.quantize_blockwise`.
+
+    Args:
+        A: float32, float16 or bfloat16 tensor of any shape on a CPU or CUDA device.
+        code: The quantization map, float32 of shape (256,), ascending (default: the signed dynamic map).
+        absmax: Where to put the absmax values: contiguous float32, one per block (default: a new tensor).
+        out: Where to put the codes: contiguous uint8, the shape of ``A`` (default: a new tensor).
+        blocksize: Elements in a block: 64, 128, 256, 512, 1024, 2048 or 4096 (default: 4096).
+
+    Returns:
+        The codes and the :class:`QuantState` to dequantize them with.
+
+    Raises:
+        TypeError: If a tensor has another dtype than is allowed.
+        ValueError: If a shape, the map or the block size is not allowed.
+    """
+    _check_dtype("A", A, tuple(backends.DTYPES))
+    count = _block_count(A.numel(), blocksize)
+    code = _checked_map(code, A.device)
+    if out is None:
+        out = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
+    if absmax is None:
+        absmax = torch.empty(count, dtype=torch.float32, device=A.device)
+    _check_buffer("out", out, torch.uint8, tuple(A.shape), A.device)
+    _check_buffer("absmax", absmax, torch.float32, (count,), A.device)
+    backends.for_device(A.device).quantize_blockwise(A.detach().contiguous(), out, absmax, code, blocksize)
+    return out, QuantState(absmax, code, blocksize, A.dtype)
+
+
+def dequantize_blockwise(
+    A: Tensor,
+    quant_state: QuantState | None = None,
+    absmax: Tensor | None = None,
+    code: Tensor | None = None,
+    out: Tensor | None = None,
+    blocksize: int = 4096,
+) -> Tensor:
+    """Return the values that codes stand for; see :func:`reference.dequantize_blockwise`.
+
+    Args:
+        A: The codes, uint8 of any shape.
+        quant_state: What :func:`quantize_blockwise` returned (default: made of the arguments below).
+        absmax: float32, one value per block; needed without ``quant_state``.
+        code: The quantization map (default: the signed dynamic map); not used with ``quant_state``.
+        out: Where to put the values: contiguous float32, float16 or bfloat16, the shape of ``A`` (default: a new
+            tensor of the quantized tensor's dtype, float32 without ``quant_state``).
+        blocksize: Elements in a block (default: 4096); not used with ``quant_state``.
+
+    Returns:
+        The values, each computed in float32 and rounded once.
+
+    Raises:
+        TypeError: If a tensor has another dtype than is allowed.
+        ValueError: If neither ``quant_state`` nor ``absmax`` is given, or a shape, the map or the block size is not
+            allowed.
+    """
+    if quant_state is None:
+        if absmax is None:
+            raise ValueError("Invalid absmax: None; quant_state or absmax is needed")
+        quant_state = QuantState(absmax, _checked_map(code, A.device), blocksize, torch.float32)
+    _check_dtype("A", A, (torch.uint8,))
+    count = _block_count(A.numel(), quant_state.blocksize)
+    _check_buffer("absmax", quant_state.absmax, torch.float32, (count,), A.device)
+    if out is None:
+        out = torch.empty(A.shape, dtype=quant_state.dtype, device=A.device)
+    _check_dtype("out", out, tuple(backends.DTYPES))
+    _check_buffer("out", out, out.dtype, tuple(A.shape), A.device)
+    qmap = _checked_map(quant_state.code, A.device)
+    backends.for_device(A.device).dequantize_blockwise(
+        A.contiguous(), quant_state.absmax, out, qmap, quant_state.blocksize
+    )
+    return out
+
+
+def percentile_clipping(
+    grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int = 5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Record a gradient's norm and return the scale that clips it; see :func:`reference.percentile_clipping`.
+
+    Nothing is copied to the host.
+
+    Args:
+        grad: The gradient: float32, float16 or bfloat16, any shape.
+        gnorm_vec: The history, contiguous float32 of shape (100,), changed in place; all zeros at first.
+        step: Number of this step, counted from 1.
+        percentile: Rank of the threshold among the 100 sorted norms, 1 to 99 (default: 5).
+
+    Returns:
+        The norm, the threshold and the scale, each a 0-dim float32 tensor on the gradient's device.
+
+    Raises:
+        TypeError: If ``grad`` has another dtype.
+        ValueError: If ``gnorm_vec``, ``step`` or ``percentile`` is not allowed.
+    """
+    _check_dtype("grad", grad, tuple(backends.DTYPES))
+    _check_buffer("gnorm_vec", gnorm_vec, torch.float32, (reference.HISTORY,), grad.device)
+    if not 1 <= percentile < reference.HISTORY:
+        raise ValueError(f"Invalid percentile: {percentile}; 1 to 99 is allowed")
+    if step < 1:
+        raise ValueError(f"Invalid step: {step}; at least 1 is needed")
+    backend = backends.for_device(grad.device)
+    grad = grad.detach().contiguous()
+    scale = backend.percentile_clipping(grad, gnorm_vec, step, percentile)
+    norm = backend.squared_norm(grad).sqrt()
+    threshold = gnorm_vec.sort().values[percentile].sqrt()
+    return norm, threshold, scale
+
+
+def _block_count(numel: int, blocksize: int) -> int:
+    if blocksize not in BLOCK_SIZES:
+        raise ValueError(f"Invalid blocksize: {blocksize}; {', '.join(map(str, BLOCK_SIZES))} are allowed")
+    return -(-numel // blocksize)
+
+
+def _checked_map(code: Tensor | None, device: torch.device) -> Tensor:
+    if code is None:
+        return shared_dynamic_map(device)
+    reference.quantize_thresholds(code.detach().cpu().numpy())
+    return code.to(device)
+
+
+def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        raise TypeError(f"Invalid {name}: {tensor.dtype}; {', '.join(map(str, allowed))} allowed")
+
+
+def _check_buffer(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"Invalid {name}: {tensor.dtype}; {dtype} is allowed")
+    if tuple(tensor.shape) != shape or tensor.device != device or not tensor.is_contiguous():
+        raise ValueError(
+            f"Invalid {name}: shape {tuple(tensor.shape)} on {tensor.device}; "
+            f"contiguous of shape {shape} on {device} is needed"
+        )

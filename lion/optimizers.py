@@ -1,0 +1,396 @@
+"""The six optimizers: bitsandbytes' Lion family on torch.optim.Optimizer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lion import backends, state
+from lion.backends import StepCoefficients
+from lion.batches import Batch, StaleBatch
+from lion.options import CHECKS, STATE_OPTIONS, check_group, kind_of
+from lion.overrides import GlobalOptimManager
+from lion.plan import Plan, check_parameter, parameter_name
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class Lion(Optimizer):
+    """Lion with momentum in 32 or 8 bits (Chen et al. 2023, arXiv 2302.06675).
+
+    Every step computes, in float32 and rounded as :func:`reference.update_32bit` says::
+
+        c        = beta1 * momentum + (1 - beta1) * grad
+        param    = param * (1 - lr * weight_decay) - lr * sign(c)
+        momentum = beta2 * momentum + (1 - beta2) * grad
+
+    Parameters are float32, float16 or bfloat16 tensors on CPU or CUDA devices. ``optim_bits``, ``min_8bit_size``,
+    ``percentile_clipping``, ``block_wise`` and ``is_paged`` are options of the parameter groups, like ``lr``,
+    ``betas`` and ``weight_decay``; :class:`lion.GlobalOptimManager` sets them for single parameters.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: Learning rate, a float or a tensor of one element (default: 1e-4). A CUDA tensor is never read by the
+            host, so a captured CUDA graph follows it.
+        betas: Weights of the momentum in the update and in the new momentum, each in [0, 1) (default: (0.9, 0.99)).
+        weight_decay: Decoupled weight decay (default: 0).
+        optim_bits: Bits of the momentum, 32 or 8 (default: 32).
+        args: An object whose attributes ``optim_bits``, ``min_8bit_size``, ``percentile_clipping``, ``block_wise``
+            and ``is_paged``, as far as it has them, replace the arguments of these names (default: None).
+        min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
+        percentile_clipping: Scale a gradient down to this percentile of the parameter's last 100 gradient norms,
+            1 to 100; 100 is off (default: 100).
+        block_wise: Quantize 8-bit momentum in blocks of 256 elements rather than whole (default: True).
+        is_paged: Keep the momentum of large parameters in memory that can be paged out (default: False).
+
+    Raises:
+        ValueError: If a value is not allowed.
+        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+
+    Source:
+        bitsandbytes 0.44, ``optim/lion.py``.
+    """
+
+    _plan: Plan | None = None
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        optim_bits: int = 32,
+        args: object | None = None,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "optim_bits": optim_bits,
+            "min_8bit_size": min_8bit_size,
+            "percentile_clipping": percentile_clipping,
+            "block_wise": block_wise,
+            "is_paged": is_paged,
+        }
+        defaults.update((key, getattr(args, key)) for key in STATE_OPTIONS if hasattr(args, key))
+        super().__init__(params, check_group(defaults))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; options that it does not give are those of the constructor.
+
+        Args:
+            param_group: A dictionary with the key ``params`` and any options.
+
+        Raises:
+            ValueError: If a value is not allowed.
+            TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        """
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            group.update(check_group(group))
+            for index, p in enumerate(group["params"]):
+                check_parameter(p, parameter_name(group, len(self.param_groups) - 1, index))
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss (default: None).
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: If an option, a gradient or a state is not allowed; nothing has changed then.
+            TypeError: If a gradient's dtype or layout is not supported; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        plan = self._prepared()
+        try:
+            for batch, coefficients in plan:
+                torch.autograd.graph.increment_version(batch.params)
+                backends.for_device(batch.device).update(batch, coefficients)
+                batch.finish()
+        finally:
+            for batch, _ in plan:
+                batch.release()
+        return loss
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the state and the hyperparameters of a checkpoint; all or nothing.
+
+        States keep their dtypes and go to the parameters' devices. ``lr``, ``betas``, ``weight_decay`` and whatever
+        else the checkpoint's groups hold is taken from it; ``optim_bits``, ``min_8bit_size``,
+        ``percentile_clipping``, ``block_wise`` and ``is_paged`` stay as they are here, and states are converted to
+        them: 8-bit momentum to 32 bits without loss, 32-bit momentum to 8 bits by quantization. Checkpoints of
+        bitsandbytes' Lion classes load too.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the checkpoint does not fit; nothing has changed then.
+        """
+        loaded = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, loaded)
+            if replaced is not None:
+                loaded = replaced
+        self.__setstate__(self._converted(loaded))
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _converted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the states and groups that a checkpoint gives this optimizer."""
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"Invalid state_dict: the key {key!r} is missing")
+        saved_groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError(
+                f"Invalid state_dict: its groups hold {[len(g['params']) for g in saved_groups]} parameters; "
+                f"{[len(g['params']) for g in self.param_groups]} are needed"
+            )
+        groups = []
+        states: defaultdict[Tensor, state.State] = defaultdict(dict)
+        unread = dict(state_dict["state"])
+        overrides = GlobalOptimManager.get_instance().lookup()
+        for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            own = {key: group[key] for key in ("params", "param_names", *STATE_OPTIONS) if key in group}
+            new = {**{key: group[key] for key in CHECKS}, **deepcopy(saved), **own}
+            new.update(check_group(new))
+            groups.append(new)
+            for index, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                if saved_id in unread:
+                    options = {**new, **overrides.get(id(p), {})}
+                    states[p] = state.load(
+                        unread.pop(saved_id),
+                        p,
+                        kind_of(p.numel(), options),
+                        options["percentile_clipping"] < 100,
+                        parameter_name(group, number, index),
+                    )
+        if unread:
+            raise ValueError(f"Invalid state_dict: no group holds the parameter {next(iter(unread))!r} of its states")
+        return {"state": states, "param_groups": groups}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+
+    def _prepared(self) -> list[tuple[Batch, StepCoefficients]]:
+        """Return the batches of this step, checked and ready to run."""
+        manager = GlobalOptimManager.get_instance()
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        options = [[group[key] for key in STATE_OPTIONS] for group in self.param_groups]
+        signature = (manager.version, options)
+        if self._plan is not None and self._plan.fits(params, self.state, signature):
+            try:
+                return self._plan.refreshed()
+            # Gradients without memory of their own raise RuntimeError; the checks of a new plan say what is wrong.
+            except (StaleBatch, RuntimeError):
+                pass
+        self._plan = None
+        plan = Plan(self.param_groups, self.state, manager.lookup(), signature)
+        try:
+            prepared = plan.refreshed()
+        except StaleBatch:
+            raise TypeError("Invalid gradient or parameter: its memory cannot be addressed") from None
+        self._plan = plan
+        return prepared
+
+
+class Lion8bit(Lion):
+    """:class:`Lion` with 8-bit momentum.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: Learning rate (default: 1e-4).
+        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
+        weight_decay: Decoupled weight decay (default: 0).
+        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
+        min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
+        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
+        block_wise: Quantize in blocks of 256 elements rather than whole (default: True).
+        is_paged: Keep the momentum of large parameters in memory that can be paged out (default: False).
+
+    Raises:
+        ValueError: If a value is not allowed.
+        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        args: object | None = None,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, weight_decay, 8, args, min_8bit_size, percentile_clipping, block_wise, is_paged
+        )
+
+
+class Lion32bit(Lion):
+    """:class:`Lion` with 32-bit momentum.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: Learning rate (default: 1e-4).
+        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
+        weight_decay: Decoupled weight decay (default: 0).
+        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
+        min_8bit_size: As in :class:`Lion`; matters where a parameter's ``optim_bits`` is overridden (default: 4096).
+        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
+        block_wise: As in :class:`Lion`; matters where a parameter's ``optim_bits`` is overridden (default: True).
+        is_paged: Keep the momentum of large parameters in memory that can be paged out (default: False).
+
+    Raises:
+        ValueError: If a value is not allowed.
+        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        args: object | None = None,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, weight_decay, 32, args, min_8bit_size, percentile_clipping, block_wise, is_paged
+        )
+
+
+class PagedLion(Lion):
+    """:class:`Lion` whose momentum, for large parameters, is in memory that can be paged out.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: Learning rate (default: 1e-4).
+        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
+        weight_decay: Decoupled weight decay (default: 0).
+        optim_bits: Bits of the momentum, 32 or 8 (default: 32).
+        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
+        min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
+        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
+        block_wise: Quantize 8-bit momentum in blocks of 256 elements rather than whole (default: True).
+
+    Raises:
+        ValueError: If a value is not allowed.
+        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        optim_bits: int = 32,
+        args: object | None = None,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, weight_decay, optim_bits, args, min_8bit_size, percentile_clipping, block_wise, True
+        )
+
+
+class PagedLion8bit(Lion8bit):
+    """:class:`Lion8bit` whose momentum, for large parameters, is in memory that can be paged out.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: Learning rate (default: 1e-4).
+        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
+        weight_decay: Decoupled weight decay (default: 0).
+        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
+        min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
+        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
+        block_wise: Quantize in blocks of 256 elements rather than whole (default: True).
+
+    Raises:
+        ValueError: If a value is not allowed.
+        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        args: object | None = None,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+    ) -> None:
+        super().__init__(params, lr, betas, weight_decay, args, min_8bit_size, percentile_clipping, block_wise, True)
+
+
+class PagedLion32bit(Lion32bit):
+    """:class:`Lion32bit` whose momentum, for large parameters, is in memory that can be paged out.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: Learning rate (default: 1e-4).
+        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
+        weight_decay: Decoupled weight decay (default: 0).
+        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
+        min_8bit_size: As in :class:`Lion32bit` (default: 4096).
+        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
+        block_wise: As in :class:`Lion32bit` (default: True).
+
+    Raises:
+        ValueError: If a value is not allowed.
+        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0,
+        args: object | None = None,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+    ) -> None:
+        super().__init__(params, lr, betas, weight_decay, args, min_8bit_size, percentile_clipping, block_wise, True)

@@ -1,0 +1,136 @@
+"""The options of a parameter group: their allowed values, checked in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+STATE_OPTIONS = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
+
+
+class Kind(Enum):
+    """How the momentum of a parameter is kept."""
+
+    FLOAT32 = "32bit"
+    BLOCKWISE = "8bit_blockwise"
+    TENSORWISE = "8bit_tensorwise"
+
+
+def kind_of(numel: int, options: Mapping[str, Any]) -> Kind:
+    """Return how the momentum of a parameter of ``numel`` elements is kept under these options."""
+    if options["optim_bits"] == 32 or numel < options["min_8bit_size"]:
+        return Kind.FLOAT32
+    return Kind.BLOCKWISE if options["block_wise"] else Kind.TENSORWISE
+
+
+def check_value(key: str, value: Any) -> Any:
+    """Return an option's value in its canonical type.
+
+    Args:
+        key: Name of the option, one of :data:`CHECKS`.
+        value: The value given.
+
+    Raises:
+        TypeError: If the value has the wrong type.
+        ValueError: If the value is not allowed.
+    """
+    return CHECKS[key](key, value)
+
+
+def check_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a group, checked."""
+    return {key: check_value(key, group[key]) for key in CHECKS}
+
+
+def _learning_rate(key: str, lr: Any) -> float | Tensor:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(f"Invalid learning rate: {lr.dtype} of shape {tuple(lr.shape)}; one float is allowed")
+        # Reading a tensor of another device would wait for that device.
+        if lr.device.type == "cpu":
+            _non_negative("learning rate:", lr.item())
+        return lr
+    return _non_negative("learning rate:", lr)
+
+
+def _weight_decay(key: str, weight_decay: Any) -> float:
+    return _non_negative("weight_decay value:", weight_decay)
+
+
+def _betas(key: str, betas: Any) -> tuple[float, float]:
+    try:
+        pair = tuple(betas)
+    except TypeError:
+        raise TypeError(f"Invalid betas: {betas!r}; a pair of numbers is allowed") from None
+    if len(pair) != 2:
+        raise ValueError(f"Invalid betas: {betas!r}; a pair of numbers is allowed")
+    for index, beta in enumerate(pair):
+        if not 0.0 <= _number(f"beta parameter at index {index}:", beta) < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}; at least 0 and below 1 is allowed")
+    return float(pair[0]), float(pair[1])
+
+
+def _optim_bits(key: str, optim_bits: Any) -> int:
+    bits = _integer(key, optim_bits)
+    if bits not in (8, 32):
+        raise ValueError(f"Invalid optim_bits value: {optim_bits}; 8 and 32 are allowed")
+    return bits
+
+
+def _min_8bit_size(key: str, min_8bit_size: Any) -> int:
+    size = _integer(key, min_8bit_size)
+    if size < 0:
+        raise ValueError(f"Invalid min_8bit_size value: {min_8bit_size}; at least 0 is allowed")
+    return size
+
+
+def _percentile_clipping(key: str, percentile_clipping: Any) -> int:
+    percentile = _integer(key, percentile_clipping)
+    if not 1 <= percentile <= 100:
+        raise ValueError(f"Invalid percentile_clipping value: {percentile_clipping}; 1 to 100 is allowed")
+    return percentile
+
+
+def _flag(key: str, flag: Any) -> bool:
+    if flag not in (True, False):
+        raise TypeError(f"Invalid {key} value: {flag!r}; True and False are allowed")
+    return bool(flag)
+
+
+def _non_negative(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"Invalid {name} {value}; at least 0 and finite is allowed")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"Invalid {name} {value!r}; a number is allowed")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"Invalid {name} {value!r}; a number is allowed") from None
+
+
+def _integer(key: str, value: Any) -> int:
+    number = _number(f"{key} value:", value)
+    if not number.is_integer():
+        raise ValueError(f"Invalid {key} value: {value}; an integer is allowed")
+    return int(number)
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "lr": _learning_rate,
+    "betas": _betas,
+    "weight_decay": _weight_decay,
+    "optim_bits": _optim_bits,
+    "min_8bit_size": _min_8bit_size,
+    "percentile_clipping": _percentile_clipping,
+    "block_wise": _flag,
+    "is_paged": _flag,
+}

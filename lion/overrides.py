@@ -1,0 +1,150 @@
+"""Options of single parameters, set from anywhere in a program, as in bitsandbytes."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lion.options import CHECKS, check_value
+
+_IGNORED_UPSTREAM = frozenset({"is_sparse"})
+
+
+class GlobalOptimManager:
+    """Registry of options that single parameters get instead of those of their group.
+
+    There is one per process: :meth:`get_instance`. Options may be set before or after a parameter is registered and
+    before or after an optimizer holds it; they take effect with the optimizer's next step, and state that exists
+    already is converted. Parameters are held weakly.
+
+    Overridable are ``lr``, ``betas``, ``weight_decay``, ``optim_bits``, ``min_8bit_size``, ``percentile_clipping``,
+    ``block_wise`` and ``is_paged``.
+
+    Source:
+        bitsandbytes' ``GlobalOptimManager``; there, overrides of registered parameters also reach other optimizers'
+        parameters that have the same index. Here an override belongs to its parameter alone.
+    """
+
+    _instance: GlobalOptimManager | None = None
+
+    def __init__(self) -> None:
+        raise RuntimeError("Call GlobalOptimManager.get_instance() instead")
+
+    @classmethod
+    def get_instance(cls) -> GlobalOptimManager:
+        """Return the manager of this process."""
+        if cls._instance is None:
+            cls._instance = cls.__new__(cls)
+            cls._instance.initialize()
+        return cls._instance
+
+    def initialize(self) -> None:
+        """Forget all overrides."""
+        self._configs = WeakTensorKeyDictionary()
+        self._modules: list[tuple[weakref.ref[nn.Module], str, dict[str, Any]]] = []
+        self.version = object()
+
+    def register_parameters(self, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> None:
+        """Accept parameters or parameter groups, as upstream asks for before a model moves to a GPU.
+
+        Overrides follow the parameter object here, so registering is not needed; the argument is only checked.
+
+        Args:
+            params: Tensors, or dictionaries with the key ``params``.
+
+        Raises:
+            TypeError: If an item is neither.
+        """
+        for item in params:
+            members = item["params"] if isinstance(item, dict) else [item]
+            for p in [members] if isinstance(members, Tensor) else members:
+                _check_tensor("params", p)
+
+    def override_config(
+        self,
+        parameters: Tensor | Iterable[Tensor],
+        key: str | None = None,
+        value: Any = None,
+        key_value_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set options of parameters; options set earlier stay unless they are set again.
+
+        Args:
+            parameters: One tensor or several.
+            key: Name of an option, together with ``value`` (default: None).
+            value: Its value.
+            key_value_dict: Several options at once (default: None).
+
+        Raises:
+            TypeError: If ``parameters`` holds something else than tensors, or a value has the wrong type.
+            ValueError: If no option is given, or an option is unknown or its value not allowed.
+        """
+        config = dict(key_value_dict or {})
+        if key is not None:
+            if key in config:
+                raise ValueError(f"Invalid key: {key!r} is also in key_value_dict; one of them is allowed")
+            config[key] = value
+        config = _checked(config)
+        tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        for p in tensors:
+            _check_tensor("parameters", p)
+        for p in tensors:
+            self._merge(p, config)
+
+    def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
+        """Set options of a module's parameter by name; a parameter put in its place later has them too.
+
+        Args:
+            module: The module.
+            param_name: Name of the parameter in the module, for instance ``"weight"``.
+            config: The options.
+
+        Raises:
+            TypeError: If ``module`` is not a module or a value has the wrong type.
+            ValueError: If the module has no such parameter, or an option is unknown or its value not allowed.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"Invalid module: {type(module).__name__}; torch.nn.Module is allowed")
+        if not isinstance(getattr(module, param_name, None), Tensor):
+            raise ValueError(f"Invalid param_name: {param_name!r}; {type(module).__name__} has no such parameter")
+        self._modules.append((weakref.ref(module), param_name, _checked(config)))
+        self.version = object()
+
+    def _merge(self, p: Tensor, config: dict[str, Any]) -> None:
+        self._configs[p] = {**self._configs.get(p, {}), **config}
+        self.version = object()
+
+    def lookup(self) -> dict[int, dict[str, Any]]:
+        """Return the options of every parameter that has some, by the parameter's id."""
+        found = {id(p): config for p, config in self._configs.items()}
+        for ref, name, config in self._modules:
+            module = ref()
+            p = None if module is None else getattr(module, name, None)
+            if isinstance(p, Tensor):
+                found[id(p)] = {**found.get(id(p), {}), **config}
+        return found
+
+
+def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    if not config:
+        raise ValueError("Invalid override: no option given")
+    checked = {}
+    for key, value in config.items():
+        if key in _IGNORED_UPSTREAM:
+            warnings.warn(f"The override {key!r} has no effect on Lion, here as in bitsandbytes", stacklevel=3)
+        elif key not in CHECKS:
+            raise ValueError(f"Invalid override: {key!r}; allowed are {', '.join(CHECKS)}")
+        else:
+            checked[key] = check_value(key, value)
+    return checked
+
+
+def _check_tensor(name: str, p: object) -> None:
+    if not isinstance(p, torch.Tensor):
+        raise TypeError(f"Invalid {name}: an item is {type(p).__name__}; tensors are allowed")

@@ -1,0 +1,140 @@
+"""From parameters with gradients to batches: everything a step does before its kernels run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reference
+from lion import backends, state
+from lion.backends import StepCoefficients
+from lion.batches import Batch
+from lion.options import check_group, check_value, kind_of
+
+Group = Mapping[str, Any]
+
+_HYPERPARAMETERS = ("lr", "betas", "weight_decay")
+_rounded = lru_cache(reference.coefficients)
+
+
+class Plan:
+    """The batches of a step, kept for the next ones as long as they fit.
+
+    Making one checks all parameters, gradients and options first, then makes and converts states.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        states: The optimizer's states; missing ones are added, and others converted where options changed.
+        overrides: Options of single parameters, by their id.
+        signature: Whatever, besides the tensors, the plan depends on.
+
+    Raises:
+        ValueError: If an option, a parameter, a gradient or a state is not allowed.
+        TypeError: If a dtype or a layout is not supported.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        states: dict[Tensor, state.State],
+        overrides: Mapping[int, Mapping[str, Any]],
+        signature: object,
+    ) -> None:
+        self._signature = signature
+        self._params: list[Tensor] = []
+        members: list[tuple[Tensor, str, int, Mapping[str, Any]]] = []
+        for number, group in enumerate(groups):
+            check_group(group)
+            for index, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                name = parameter_name(group, number, index)
+                check_parameter(p, name)
+                _check_gradient(p, p.grad, name)
+                backends.for_device(p.device)
+                override = overrides.get(id(p), {})
+                _coefficients(group, override, p.device)
+                members.append((p, name, number, override))
+                self._params.append(p)
+
+        new_states = {}
+        batches: dict[tuple[Any, ...], list[Tensor]] = {}
+        for p, name, number, override in members:
+            options = {**groups[number], **override}
+            kind, percentile = kind_of(p.numel(), options), options["percentile_clipping"]
+            new_states[p] = state.adapted(states.get(p), p, kind, percentile < 100, name)
+            hyperparameters = tuple(override.get(key) for key in _HYPERPARAMETERS)
+            batches.setdefault((p.device, p.dtype, kind, percentile, number, hyperparameters), []).append(p)
+        states.update(new_states)
+
+        self._all_states = list(states.values())
+        self._batches = [
+            (
+                Batch(kind, percentile, params, [states[p] for p in params]),
+                groups[number],
+                {key: value for key, value in zip(_HYPERPARAMETERS, override, strict=True) if value is not None},
+            )
+            for (_, _, kind, percentile, number, override), params in batches.items()
+        ]
+
+    def fits(self, params: Sequence[Tensor], states: Mapping[Tensor, state.State], signature: object) -> bool:
+        """Return whether the plan was made for these parameters, states and options."""
+        return (
+            signature == self._signature
+            and len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+            and len(states) == len(self._all_states)
+            and all(map(is_, states.values(), self._all_states))
+        )
+
+    def refreshed(self) -> list[tuple[Batch, StepCoefficients]]:
+        """Return the batches with this step's gradients and coefficients.
+
+        Raises:
+            StaleBatch: If a tensor changed its dtype, size or place.
+            ValueError: If a hyperparameter is not allowed.
+        """
+        prepared = [(batch, _coefficients(group, override, batch.device)) for batch, group, override in self._batches]
+        for batch, _ in prepared:
+            batch.refresh([p.grad for p in batch.params])  # type: ignore[misc]
+        return prepared
+
+
+def parameter_name(group: Group, number: int, index: int) -> str:
+    """Return what to call a parameter in an error."""
+    names = group.get("param_names")
+    return f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}"
+
+
+def check_parameter(p: Tensor, name: str) -> None:
+    """Raise unless a parameter's dtype and layout are supported."""
+    if p.layout != torch.strided:
+        raise TypeError(f"Invalid {name}: layout {p.layout}; dense tensors are supported")
+    if p.dtype not in backends.DTYPES:
+        raise TypeError(f"Invalid {name}: {p.dtype}; {', '.join(map(str, backends.DTYPES))} are supported")
+
+
+def _check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
+    if grad.layout != torch.strided:
+        raise TypeError(f"Invalid gradient of {name}: layout {grad.layout}; dense tensors are supported")
+    if grad.dtype != p.dtype or grad.shape != p.shape or grad.device != p.device:
+        raise TypeError(
+            f"Invalid gradient of {name}: {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}; "
+            f"{p.dtype} of shape {tuple(p.shape)} on {p.device} is needed"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(f"Invalid {name}: its elements share memory (strides {p.stride()})")
+
+
+def _coefficients(group: Group, override: Mapping[str, Any], device: torch.device) -> StepCoefficients:
+    lr, betas, weight_decay = (check_value(key, override.get(key, group[key])) for key in _HYPERPARAMETERS)
+    if isinstance(lr, Tensor):
+        if lr.device == device and device.type == "cuda":
+            return StepCoefficients(_rounded(0.0, betas, weight_decay), lr, weight_decay)
+        lr = check_value("lr", lr.item())
+    return StepCoefficients(_rounded(lr, betas, weight_decay), None, weight_decay)

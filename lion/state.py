@@ -1,0 +1,236 @@
+"""Optimizer state: creating, checking, converting and loading it.
+
+The state of a parameter has bitsandbytes' keys:
+
+=================  ==================================================================================
+``step``           number of steps taken: float32, 0-dim, on the parameter's device
+``state1``         momentum, the parameter's shape: float32, or uint8 codes
+``qmap1``          8-bit: the quantization map, float32 of shape (256,), shared
+``absmax1``        8-bit blockwise: float32, one per block of 256 elements
+``max1``           8-bit tensor-wise: absmax of the whole tensor, float32 of shape (1,)
+``new_max1``       8-bit tensor-wise: scratch of the same shape
+``gnorm_vec``      with percentile clipping: the last 100 squared gradient norms, float32
+=================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reference
+from lion import functional
+from lion.options import Kind
+
+State = dict[str, Any]
+
+
+_MOMENTUM_KEYS = {
+    Kind.FLOAT32: ("state1",),
+    Kind.BLOCKWISE: ("state1", "qmap1", "absmax1"),
+    Kind.TENSORWISE: ("state1", "qmap1", "max1", "new_max1"),
+}
+
+
+def create(p: Tensor, kind: Kind, clipped: bool) -> State:
+    """Return the state of a parameter that has taken no step.
+
+    Args:
+        p: The parameter.
+        kind: How its momentum is kept.
+        clipped: Whether percentile clipping needs a history.
+    """
+    state: State = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+    if kind is Kind.FLOAT32:
+        state["state1"] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+    else:
+        state["state1"] = torch.full(p.shape, _zero_code(), dtype=torch.uint8, device=p.device)
+        state["qmap1"] = functional.shared_dynamic_map(p.device)
+        for key, shape in _absmax_shapes(kind, p.numel()).items():
+            state[key] = torch.zeros(shape, dtype=torch.float32, device=p.device)
+    if clipped:
+        state["gnorm_vec"] = _empty_history(p.device)
+    return state
+
+
+def adapted(state: State | None, p: Tensor, kind: Kind, clipped: bool, name: str) -> State:
+    """Return a parameter's state in the form that its options ask for: the same object where it fits already.
+
+    8-bit momentum is dequantized and float32 momentum quantized, which loses precision as any quantization does.
+
+    Args:
+        state: The state; None or empty for a parameter that has taken no step.
+        p: The parameter.
+        kind: How its momentum is to be kept.
+        clipped: Whether percentile clipping needs a history.
+        name: What to call the parameter in an error.
+
+    Raises:
+        ValueError: If the state does not fit the parameter.
+    """
+    if not state:
+        return create(p, kind, clipped)
+    check(state, p, name)
+    old = kind_in(state)
+    if old is kind and clipped == ("gnorm_vec" in state):
+        return state
+    new = {"step": state["step"]}
+    new.update({key: state[key] for key in _MOMENTUM_KEYS[kind]} if old is kind else _quantize(_momentum(state), kind))
+    if clipped:
+        new["gnorm_vec"] = state.get("gnorm_vec", _empty_history(p.device))
+    return new
+
+
+def kind_in(state: State) -> Kind:
+    """Return how the momentum in a state is kept."""
+    if state["state1"].dtype == torch.float32:
+        return Kind.FLOAT32
+    return Kind.TENSORWISE if "max1" in state else Kind.BLOCKWISE
+
+
+def check(state: State, p: Tensor, name: str, block_size: int = reference.BLOCK_SIZE) -> None:
+    """Raise unless a state fits its parameter: keys, dtypes, shapes, devices, contiguity.
+
+    Raises:
+        ValueError: Naming the parameter and the key.
+    """
+    for key in ("step", "state1"):
+        if not isinstance(state.get(key), Tensor):
+            raise ValueError(f"Invalid state of {name}: {key!r} must be a tensor, not {type(state.get(key)).__name__}")
+    if state["state1"].dtype not in (torch.float32, torch.uint8):
+        raise ValueError(
+            f"Invalid state of {name}: 'state1' is {state['state1'].dtype}; torch.float32 and torch.uint8 are allowed"
+        )
+    kind = kind_in(state)
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "step": (torch.float32, ()),
+        "state1": (torch.float32 if kind is Kind.FLOAT32 else torch.uint8, tuple(p.shape)),
+    }
+    if kind is not Kind.FLOAT32:
+        expected["qmap1"] = (torch.float32, (256,))
+        expected.update(
+            (key, (torch.float32, shape)) for key, shape in _absmax_shapes(kind, p.numel(), block_size).items()
+        )
+    if "gnorm_vec" in state:
+        expected["gnorm_vec"] = (torch.float32, (reference.HISTORY,))
+    for key, (dtype, shape) in expected.items():
+        value = state.get(key)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"Invalid state of {name}: {key!r} must be a tensor, not {type(value).__name__}")
+        if value.dtype != dtype or tuple(value.shape) != shape:
+            raise ValueError(
+                f"Invalid state of {name}: {key!r} is {value.dtype} of shape {tuple(value.shape)}; "
+                f"{dtype} of shape {shape} is needed"
+            )
+        if value.device != p.device or not value.is_contiguous():
+            raise ValueError(
+                f"Invalid state of {name}: {key!r} must be contiguous and on {p.device}; it is on {value.device}"
+            )
+    unknown = [key for key in state if key not in expected]
+    if unknown:
+        raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r}")
+
+
+def load(saved: Mapping[str, Any], p: Tensor, kind: Kind, clipped: bool, name: str) -> State:
+    """Return a parameter's state made from a saved one, on the parameter's device and in the form of its options.
+
+    Accepts bitsandbytes' states too: a Python number as ``step``, quantization tensors nested under
+    ``__bnb_optimizer_quant_state__``, and 8-bit state whose blocks have 2048 elements.
+
+    Args:
+        saved: The saved state; not changed and not shared with the result.
+        p: The parameter.
+        kind: How its momentum is to be kept.
+        clipped: Whether percentile clipping needs a history.
+        name: What to call the parameter in an error.
+
+    Raises:
+        ValueError: If the state does not fit the parameter.
+    """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"Invalid state of {name}: a dict is needed, not {type(saved).__name__}")
+    flat = dict(saved)
+    nested = flat.pop("__bnb_optimizer_quant_state__", None)
+    if nested is not None:
+        flat.update(nested)
+    step = flat.get("step")
+    if isinstance(step, (int, float)):
+        step = torch.tensor(float(step), dtype=torch.float32)
+    if isinstance(step, Tensor) and step.numel() == 1:
+        flat["step"] = step.reshape(()).to(torch.float32)
+    state = {
+        key: value.detach().to(p.device, copy=True, memory_format=torch.contiguous_format)
+        if isinstance(value, Tensor)
+        else value
+        for key, value in flat.items()
+    }
+    if isinstance(state.get("max1"), Tensor):
+        # bitsandbytes' scratch holds what is left of an earlier step.
+        state["new_max1"] = state["max1"].clone()
+    block_size = _saved_block_size(state, p)
+    check(state, p, name, block_size)
+    old = kind_in(state)
+    if old is not Kind.FLOAT32:
+        qmap = functional.shared_dynamic_map(p.device)
+        if block_size != reference.BLOCK_SIZE or not torch.equal(state["qmap1"], qmap):
+            state.update(_quantize(_momentum(state, block_size), old))
+        state["qmap1"] = qmap
+    return adapted(state, p, kind, clipped, name)
+
+
+def _momentum(state: State, block_size: int = reference.BLOCK_SIZE) -> Tensor:
+    kind = kind_in(state)
+    if kind is Kind.FLOAT32:
+        return state["state1"]
+    if kind is Kind.TENSORWISE:
+        return state["qmap1"][state["state1"].int()] * state["max1"]
+    return functional.dequantize_blockwise(
+        state["state1"], absmax=state["absmax1"], code=state["qmap1"], blocksize=block_size
+    )
+
+
+def _quantize(momentum: Tensor, kind: Kind) -> State:
+    if kind is Kind.FLOAT32:
+        return {"state1": momentum}
+    shared = functional.shared_dynamic_map(momentum.device)
+    if kind is Kind.BLOCKWISE:
+        codes, quantized = functional.quantize_blockwise(momentum, code=shared, blocksize=reference.BLOCK_SIZE)
+        return {"state1": codes, "qmap1": shared, "absmax1": quantized.absmax}
+    numel = momentum.numel()
+    array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 1))
+    maximum = torch.from_numpy(absmax).to(momentum.device) if numel else momentum.new_zeros(1)
+    return {
+        "state1": torch.from_numpy(array).to(momentum.device),
+        "qmap1": shared,
+        "max1": maximum,
+        "new_max1": maximum.clone(),
+    }
+
+
+def _saved_block_size(state: State, p: Tensor) -> int:
+    """Return the block size of saved blockwise state: bitsandbytes used 2048 before it used 256."""
+    absmax = state.get("absmax1")
+    if isinstance(absmax, Tensor) and absmax.numel() != -(-p.numel() // reference.BLOCK_SIZE):
+        if absmax.numel() == -(-p.numel() // 2048):
+            return 2048
+    return reference.BLOCK_SIZE
+
+
+def _absmax_shapes(kind: Kind, numel: int, block_size: int = reference.BLOCK_SIZE) -> dict[str, tuple[int, ...]]:
+    if kind is Kind.TENSORWISE:
+        return {"max1": (1,), "new_max1": (1,)}
+    return {"absmax1": (-(-numel // block_size),)}
+
+
+def _empty_history(device: torch.device) -> Tensor:
+    return torch.zeros(reference.HISTORY, dtype=torch.float32, device=device)
+
+
+@lru_cache
+def _zero_code() -> int:
+    thresholds = reference.quantize_thresholds(reference.create_dynamic_map())
+    return int((thresholds < 0).sum())
