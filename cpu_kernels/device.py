@@ -1,0 +1,209 @@
+"""Every intrinsic of the CPU kernels, and the decorator that compiles them.
+
+Kernels work on raw addresses (int64), so that one call serves many tensors and no array is ever wrapped.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+HALF, FLOAT = ir.HalfType(), ir.FloatType()
+MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, "uint8": I8}
+MACHINE = platform.machine().lower()
+X86, ARM = MACHINE in ("x86_64", "amd64"), MACHINE in ("aarch64", "arm64")
+# Round to nearest even, keep denormals, raise nothing: the reset value of MXCSR or FPCR.
+DEFAULT_FLOAT_MODE = 0x1F80 if X86 else 0
+
+# A helper of kernels: compiled into each kernel that calls it.
+inlined = numba.njit(nogil=True, error_model="numpy")
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """Compile a kernel at its first call, without the GIL, and keep the machine code on disk.
+
+    Numba notices a change of the kernel's own file only, so the cached code goes by the content of all sources.
+
+    Args:
+        function: The kernel; its closure may hold strings only.
+
+    Returns:
+        The Numba dispatcher.
+    """
+    function.__qualname__ += "_" + _sources()
+    try:
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # no folder for the cache can be written
+        return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+@functools.cache
+def _sources() -> str:
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent.parent
+    for package in ("cpu_kernels", "reference"):
+        for path in sorted((root / package).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, item: ir.Type) -> ir.Value:
+    return builder.gep(builder.inttoptr(address, item.as_pointer()), [index])
+
+
+@intrinsic(prefer_literal=True)
+def load(typingctx, dtype, address, index):  # type: ignore[no-untyped-def]
+    """load(dtype, address, index): the item as float32, or as uint32 for "uint8"."""
+    name = dtype.literal_value
+    result = types.uint32 if name == "uint8" else types.float32
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        item = MEMORY_TYPES[name]
+        value = builder.load(_pointer(builder, args[1], args[2], item), align=_size(item))
+        if name == "float16":
+            return builder.fpext(value, FLOAT)
+        if name == "bfloat16":
+            return builder.bitcast(builder.shl(builder.zext(value, I32), I32(16)), FLOAT)
+        if name == "uint8":
+            return builder.zext(value, I32)
+        return value
+
+    return result(dtype, types.int64, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store(typingctx, dtype, address, index, value):  # type: ignore[no-untyped-def]
+    """store(dtype, address, index, value): a float32 rounded to nearest even, or the low byte of a uint32."""
+    name = dtype.literal_value
+    operand = types.uint32 if name == "uint8" else types.float32
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        item, value = MEMORY_TYPES[name], args[3]
+        if name == "float16":
+            value = builder.fptrunc(value, HALF)
+        elif name == "bfloat16":
+            value = _round_to_bfloat16(builder, value)
+        elif name == "uint8":
+            value = builder.trunc(value, I8)
+        builder.store(value, _pointer(builder, args[1], args[2], item), align=_size(item))
+        return context.get_dummy_value()
+
+    return types.void(dtype, types.int64, types.int64, operand), codegen
+
+
+def _size(item: ir.Type) -> int:
+    return {FLOAT: 4, HALF: 2, I16: 2, I8: 1}[item]
+
+
+def _round_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    # LLVM's own fptrunc may use an instruction that flushes denormals.
+    bits = builder.bitcast(value, I32)
+    odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, I32(0x7FFF))), I32(16))
+    nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(nan, I32(0x7FC0), rounded), I16)
+
+
+@intrinsic
+def float_to_bits(typingctx, value):  # type: ignore[no-untyped-def]
+    """float_to_bits(value): the bits of a float32 as uint32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], I32)
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def bits_to_float(typingctx, bits):  # type: ignore[no-untyped-def]
+    """bits_to_float(bits): the float32 with the bits of a uint32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], FLOAT)
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """prefetch(address): ask for the cache line at an address, which may lie outside any tensor."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32]), "llvm.prefetch.p0"
+        )
+        builder.call(function, [builder.inttoptr(args[0], I8.as_pointer()), I32(1), I32(3), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def atomic_add(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """atomic_add(address, value): add to an int64 and return what was there before."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], I64.as_pointer()), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def atomic_max_bits(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """atomic_max_bits(address, value): raise a uint32 to at least a value."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.atomic_rmw("umax", builder.inttoptr(args[0], I32.as_pointer()), args[1], "seq_cst")
+
+    return types.uint32(types.int64, types.uint32), codegen
+
+
+@intrinsic
+def pause(typingctx):  # type: ignore[no-untyped-def]
+    """pause(): let the core's other thread run while spinning."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if X86:
+            function = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, function, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def set_float_mode(typingctx, mode):  # type: ignore[no-untyped-def]
+    """set_float_mode(mode): set the thread's floating-point control register and return the old one.
+
+    ``torch.set_flush_denormal``, for one, changes it for its thread.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if X86:
+            slot = cgutils.alloca_once(builder, I32)
+            pointer = builder.bitcast(slot, I8.as_pointer())
+            control = ir.FunctionType(ir.VoidType(), [I8.as_pointer()])
+            builder.call(cgutils.get_or_insert_function(builder.module, control, "llvm.x86.sse.stmxcsr"), [pointer])
+            old = builder.load(slot)
+            builder.store(builder.trunc(args[0], I32), slot)
+            builder.call(cgutils.get_or_insert_function(builder.module, control, "llvm.x86.sse.ldmxcsr"), [pointer])
+            return builder.zext(old, I64)
+        if ARM:
+            get, put = ir.FunctionType(I64, []), ir.FunctionType(ir.VoidType(), [I64])
+            old = builder.call(cgutils.get_or_insert_function(builder.module, get, "llvm.aarch64.get.fpcr"), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, put, "llvm.aarch64.set.fpcr"), [args[0]])
+            return old
+        return I64(0)
+
+    return types.int64(types.int64), codegen

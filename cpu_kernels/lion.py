@@ -1,0 +1,279 @@
+"""The Lion update in place, many tensors a call, with 32-bit and with 8-bit momentum.
+
+Tables are int64 arrays with an entry per tensor: raw addresses of contiguous tensors, aligned to their items.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels.device import (
+    atomic_max_bits,
+    bits_to_float,
+    float_to_bits,
+    inlined,
+    kernel,
+    load,
+    store,
+)
+from cpu_kernels.pool import Int64Array, enter, leave, pull, run
+from cpu_kernels.quantization import CHUNK, MAGNITUDE, QMAP, ZERO_CODE, nearest_code, stored_absmax
+from reference import BLOCK_SIZE
+
+Float32Array = npt.NDArray[np.float32]
+SIGN = np.uint32(0x80000000)
+
+
+def update_32bit(
+    dtype: str,
+    params: Int64Array,
+    grads: Int64Array,
+    momentums: Int64Array,
+    sizes: Int64Array,
+    steps: Int64Array,
+    scales: Float32Array,
+    k: Float32Array,
+    threads: int,
+) -> None:
+    """Step tensors with float32 momentum, see :func:`reference.update_32bit`.
+
+    Args:
+        dtype: The dtype of parameters and gradients: "float32", "float16" or "bfloat16".
+        params: Addresses of the parameters, updated in place.
+        grads: Addresses of the gradients.
+        momentums: Addresses of the momentum, float32, updated in place.
+        sizes: Element counts.
+        steps: Addresses of float32 step counters that grow by 1; 0 for none.
+        scales: float32 array: factors of the gradients.
+        k: float32 array of shape (6,): the fields of :class:`reference.Coefficients`.
+        threads: How many threads may work, at least 1.
+
+    Raises:
+        ValueError: If ``threads`` is below 1.
+    """
+    run(_update_32bit_kernel(dtype), threads, sizes.sum(), params, grads, momentums, sizes, steps, scales, k)
+
+
+def update_8bit_blockwise(
+    dtype: str,
+    params: Int64Array,
+    grads: Int64Array,
+    codes: Int64Array,
+    absmax: Int64Array,
+    sizes: Int64Array,
+    steps: Int64Array,
+    scales: Float32Array,
+    k: Float32Array,
+    threads: int,
+) -> None:
+    """Step tensors with blockwise 8-bit momentum, see :func:`reference.update_8bit_blockwise`.
+
+    The map is the signed dynamic map, the block size 256.
+
+    Args:
+        dtype: The dtype of parameters and gradients: "float32", "float16" or "bfloat16".
+        params: Addresses of the parameters, updated in place.
+        grads: Addresses of the gradients.
+        codes: Addresses of the codes, uint8, updated in place.
+        absmax: Addresses of the absmax, float32, one per block, updated in place.
+        sizes: Element counts.
+        steps: Addresses of float32 step counters that grow by 1; 0 for none.
+        scales: float32 array: factors of the gradients.
+        k: float32 array of shape (6,): the fields of :class:`reference.Coefficients`.
+        threads: How many threads may work, at least 1.
+
+    Raises:
+        ValueError: If ``threads`` is below 1.
+    """
+    run(_update_8bit_kernel(dtype), threads, sizes.sum(), params, grads, codes, absmax, sizes, steps, scales, k)
+
+
+def update_8bit_tensorwise(
+    dtype: str,
+    params: Int64Array,
+    grads: Int64Array,
+    codes: Int64Array,
+    absmax: Int64Array,
+    new_absmax: Int64Array,
+    sizes: Int64Array,
+    steps: Int64Array,
+    scales: Float32Array,
+    k: Float32Array,
+    threads: int,
+) -> None:
+    """Step tensors with tensor-wise 8-bit momentum, see :func:`reference.update_8bit_tensorwise`.
+
+    Args:
+        dtype: The dtype of parameters and gradients: "float32", "float16" or "bfloat16".
+        params: Addresses of the parameters, updated in place.
+        grads: Addresses of the gradients.
+        codes: Addresses of the codes, uint8, updated in place.
+        absmax: Addresses of the absmax, float32, one per tensor, updated in place.
+        new_absmax: Addresses of one float32 per tensor to work in; ends equal to ``absmax``.
+        sizes: Element counts.
+        steps: Addresses of float32 step counters that grow by 1; 0 for none.
+        scales: float32 array: factors of the gradients.
+        k: float32 array of shape (6,): the fields of :class:`reference.Coefficients`.
+        threads: How many threads may work, at least 1.
+
+    Raises:
+        ValueError: If ``threads`` is below 1.
+    """
+    elements = sizes.sum()
+    reset, move, requantize = _update_8bit_tensorwise_kernels(dtype)
+    run(reset, 1, elements, new_absmax)
+    run(move, threads, elements, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k)
+    run(requantize, threads, elements, grads, codes, absmax, new_absmax, sizes, scales, k)
+    run(_finish_kernel(), 1, elements, absmax, new_absmax)
+
+
+@inlined
+def new_param(param: np.float32, c: np.float32, lr: np.float32, decay: np.float32) -> np.float32:
+    """Return ``param * decay - lr * sign(c)``."""
+    # Where c is 0 or NaN, the step lr * sign(c) is |c|.
+    step = bits_to_float(np.uint32((float_to_bits(c) & SIGN) | float_to_bits(lr)))
+    if not (c > np.float32(0.0) or c < np.float32(0.0)):
+        step = bits_to_float(np.uint32(float_to_bits(c) & MAGNITUDE))
+    return param * decay - step
+
+
+@inlined
+def count_step(address: int) -> None:
+    """Add 1 to a step counter, if there is one."""
+    if address != 0:
+        store("float32", address, 0, load("float32", address, 0) + np.float32(1.0))
+
+
+@functools.cache
+def _update_32bit_kernel(dtype: str) -> Any:
+    @kernel
+    def update(control, params, grads, momentums, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
+        mode = enter(control)
+        lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
+        tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
+        while tensor < sizes.size:
+            param, grad, momentum, scale = params[tensor], grads[tensor], momentums[tensor], scales[tensor]
+            if begin == 0:
+                count_step(steps[tensor])
+            for i in range(begin, end):
+                g = load(dtype, grad, i) * scale
+                m = load("float32", momentum, i)
+                c = beta1 * m + one_minus_beta1 * g
+                store(dtype, param, i, new_param(load(dtype, param, i), c, lr, decay))
+                store("float32", momentum, i, beta2 * m + one_minus_beta2 * g)
+            tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
+        leave(control, mode)
+
+    return update
+
+
+@functools.cache
+def _update_8bit_kernel(dtype: str) -> Any:
+    @kernel
+    def update(control, params, grads, codes, absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
+        mode = enter(control)
+        lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
+        block = np.empty(BLOCK_SIZE, np.float32)
+        new_momentum = block.ctypes.data
+        tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
+        while tensor < sizes.size:
+            param, grad, code, scale = params[tensor], grads[tensor], codes[tensor], scales[tensor]
+            if begin == 0:
+                count_step(steps[tensor])
+            while begin < end:
+                size = min(BLOCK_SIZE, end - begin)
+                old = load("float32", absmax[tensor], begin // BLOCK_SIZE)
+                maximum = np.uint32(0)
+                for i in range(size):
+                    g = load(dtype, grad, begin + i) * scale
+                    m = QMAP[load("uint8", code, begin + i)] * old
+                    c = beta1 * m + one_minus_beta1 * g
+                    store(dtype, param, begin + i, new_param(load(dtype, param, begin + i), c, lr, decay))
+                    m = beta2 * m + one_minus_beta2 * g
+                    store("float32", new_momentum, i, m)
+                    maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
+                new = stored_absmax(maximum)
+                store("float32", absmax[tensor], begin // BLOCK_SIZE, new)
+                if new > np.float32(0.0):
+                    reciprocal = np.float32(1.0) / new
+                    for i in range(size):
+                        store("uint8", code, begin + i, nearest_code(load("float32", new_momentum, i) * reciprocal))
+                else:
+                    for i in range(size):
+                        store("uint8", code, begin + i, ZERO_CODE)
+                begin += size
+            tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
+        leave(control, mode)
+
+    return update
+
+
+@functools.cache
+def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any]:
+    @kernel
+    def reset(control, new_absmax):  # type: ignore[no-untyped-def]
+        for tensor in range(new_absmax.size):
+            store("float32", new_absmax[tensor], 0, np.float32(0.0))
+
+    @kernel
+    def move(control, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
+        mode = enter(control)
+        lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
+        tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
+        while tensor < sizes.size:
+            param, grad, code, scale = params[tensor], grads[tensor], codes[tensor], scales[tensor]
+            old = load("float32", absmax[tensor], 0)
+            if begin == 0:
+                count_step(steps[tensor])
+            maximum = np.uint32(0)
+            for i in range(begin, end):
+                g = load(dtype, grad, i) * scale
+                m = QMAP[load("uint8", code, i)] * old
+                c = beta1 * m + one_minus_beta1 * g
+                store(dtype, param, i, new_param(load(dtype, param, i), c, lr, decay))
+                m = beta2 * m + one_minus_beta2 * g
+                maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
+            atomic_max_bits(new_absmax[tensor], maximum)
+            tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
+        leave(control, mode)
+
+    # The new momentum is computed a second time, because there is nowhere to keep it.
+    @kernel
+    def requantize(control, grads, codes, absmax, new_absmax, sizes, scales, k):  # type: ignore[no-untyped-def]
+        mode = enter(control)
+        beta2, one_minus_beta2 = k[4], k[5]
+        tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
+        while tensor < sizes.size:
+            grad, code, scale = grads[tensor], codes[tensor], scales[tensor]
+            old = load("float32", absmax[tensor], 0)
+            new = stored_absmax(float_to_bits(load("float32", new_absmax[tensor], 0)))
+            if new > np.float32(0.0):
+                reciprocal = np.float32(1.0) / new
+                for i in range(begin, end):
+                    g = load(dtype, grad, i) * scale
+                    m = QMAP[load("uint8", code, i)] * old
+                    m = beta2 * m + one_minus_beta2 * g
+                    store("uint8", code, i, nearest_code(m * reciprocal))
+            else:
+                for i in range(begin, end):
+                    store("uint8", code, i, ZERO_CODE)
+            tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
+        leave(control, mode)
+
+    return reset, move, requantize
+
+
+@functools.cache
+def _finish_kernel() -> Any:
+    @kernel
+    def finish(control, absmax, new_absmax):  # type: ignore[no-untyped-def]
+        for tensor in range(absmax.size):
+            new = stored_absmax(float_to_bits(load("float32", new_absmax[tensor], 0)))
+            store("float32", absmax[tensor], 0, new)
+            store("float32", new_absmax[tensor], 0, new)
+
+    return finish

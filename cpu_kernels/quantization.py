@@ -1,0 +1,188 @@
+"""Blockwise dynamic 8-bit quantization on raw addresses."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpu_kernels.device import bits_to_float, float_to_bits, inlined, kernel, load, store
+from cpu_kernels.pool import enter, leave, pull, run
+from reference import create_dynamic_map, quantize_thresholds
+
+CHUNK = 16384
+MAGNITUDE, SMALLEST_NORMAL, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x00800000), np.uint32(0x7F800000)
+NAN = np.float32(np.nan)
+
+# Tables are frozen into the kernels: as arguments they might alias the outputs, which stops vectorisation.
+QMAP = create_dynamic_map()
+
+
+def _bucket_table() -> npt.NDArray[np.uint32]:
+    """Return the table of :func:`nearest_code`.
+
+    A bucket is the 2**17 float32 that share their upper 15 bits, in ascending order of value; the 16384 buckets
+    cover (-2, 2). No bucket holds more than one threshold. Adding the order of a value, shifted left by 7, to its
+    bucket's entry gives the code in the upper 8 bits: the lower bits carry at the threshold.
+    """
+    bits = quantize_thresholds(QMAP).view(np.int32)
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
+    starts = np.arange(-8192, 8192) << 17
+    code = np.searchsorted(order, starts, side="left")
+    last = np.searchsorted(order, starts + (1 << 17), side="left")
+    assert (last - code <= 1).all()
+    next_threshold = np.append(order, 0)[code]
+    carry = np.where(last > code, (1 << 24) - ((next_threshold + 1 - starts) << 7), 0)
+    return ((code << 24) + carry - (starts << 7)).astype(np.uint32)
+
+
+BUCKETS = _bucket_table()
+ZERO_CODE = np.uint32(127)
+
+
+@inlined
+def nearest_code(x: np.float32) -> np.uint32:
+    """Return the code of the dynamic map that is nearest to ``x``, in (-2, 2); ties go to the lower code."""
+    bits = np.int32(float_to_bits(x))
+    order = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    entry = BUCKETS[np.uint32(np.int32(order >> np.int32(17)) + np.int32(8192))]
+    return np.uint32(np.uint32(entry + np.uint32(np.uint32(order) << np.uint32(7))) >> np.uint32(24))
+
+
+@inlined
+def threshold_code(x: np.float32, thresholds: npt.NDArray[np.float32]) -> np.uint32:
+    """Return the number of ascending thresholds (of 255) strictly below ``x``."""
+    code = np.uint32(0)
+    for shift in range(8):
+        half = np.uint32(np.uint32(128) >> np.uint32(shift))
+        if thresholds[np.uint32(code + half) - np.uint32(1)] < x:
+            code = np.uint32(code + half)
+    return code
+
+
+@inlined
+def stored_absmax(maximum: np.uint32) -> np.float32:
+    """Return the absmax of a block from the bits of its largest magnitude."""
+    if maximum >= INFINITY:
+        return NAN
+    if maximum < SMALLEST_NORMAL:
+        return np.float32(0.0)
+    return bits_to_float(maximum)
+
+
+def quantize_blockwise(
+    dtype: str,
+    values: int,
+    codes: int,
+    absmax: int,
+    size: int,
+    qmap: npt.NDArray[np.float32],
+    block_size: int,
+    threads: int,
+) -> None:
+    """Quantize a tensor to 8-bit codes, see :func:`reference.quantize_blockwise`.
+
+    Args:
+        dtype: The dtype of ``values``: "float32", "float16" or "bfloat16".
+        values: Address of the tensor.
+        codes: Address of the codes to write, uint8, one per element.
+        absmax: Address of the absmax to write, float32, one per block.
+        size: Element count.
+        qmap: float32 array of shape (256,), ascending.
+        block_size: Elements in a block, at least 1.
+        threads: How many threads may work, at least 1.
+
+    Raises:
+        ValueError: If the map, the block size or the number of threads is invalid.
+    """
+    thresholds = quantize_thresholds(qmap).astype(np.float32, copy=False)
+    chunk_size = _chunk_size(block_size)
+    sizes = np.array([size], np.int64)
+    run(_quantize_kernel(dtype), threads, size, values, codes, absmax, sizes, thresholds, block_size, chunk_size)
+
+
+def dequantize_blockwise(
+    dtype: str,
+    codes: int,
+    absmax: int,
+    values: int,
+    size: int,
+    qmap: npt.NDArray[np.float32],
+    block_size: int,
+    threads: int,
+) -> None:
+    """Write the values that codes stand for, rounded once to the dtype, see :func:`reference.dequantize_blockwise`.
+
+    Args:
+        dtype: The dtype of ``values``: "float32", "float16" or "bfloat16".
+        codes: Address of the codes, uint8, one per element.
+        absmax: Address of the absmax, float32, one per block.
+        values: Address of the tensor to write.
+        size: Element count.
+        qmap: float32 array of shape (256,), ascending.
+        block_size: Elements in a block, at least 1.
+        threads: How many threads may work, at least 1.
+
+    Raises:
+        ValueError: If the map, the block size or the number of threads is invalid.
+    """
+    quantize_thresholds(qmap)  # refuses what is no map
+    chunk_size = _chunk_size(block_size)
+    sizes = np.array([size], np.int64)
+    run(_dequantize_kernel(dtype), threads, size, codes, absmax, values, sizes, qmap, block_size, chunk_size)
+
+
+def _chunk_size(block_size: int) -> int:
+    if block_size < 1:
+        raise ValueError(f"Invalid block_size: {block_size}; at least 1 is needed")
+    return block_size * max(1, CHUNK // block_size)
+
+
+@functools.cache
+def _quantize_kernel(dtype: str) -> Any:
+    @kernel
+    def quantize(control, values, codes, absmax, sizes, thresholds, block_size, chunk_size):  # type: ignore[no-untyped-def]
+        mode = enter(control)
+        zero_code = threshold_code(np.float32(0.0), thresholds)
+        tensor, first, begin, end = pull(control, sizes, chunk_size, 0, 0)
+        while tensor < sizes.size:
+            while begin < end:
+                stop = min(begin + block_size, end)
+                maximum = np.uint32(0)
+                for i in range(begin, stop):
+                    maximum = max(maximum, np.uint32(float_to_bits(load(dtype, values, i)) & MAGNITUDE))
+                scale = stored_absmax(maximum)
+                store("float32", absmax, begin // block_size, scale)
+                if scale > np.float32(0.0):
+                    reciprocal = np.float32(1.0) / scale
+                    for i in range(begin, stop):
+                        store("uint8", codes, i, threshold_code(load(dtype, values, i) * reciprocal, thresholds))
+                else:
+                    for i in range(begin, stop):
+                        store("uint8", codes, i, zero_code)
+                begin = stop
+            tensor, first, begin, end = pull(control, sizes, chunk_size, tensor, first)
+        leave(control, mode)
+
+    return quantize
+
+
+@functools.cache
+def _dequantize_kernel(dtype: str) -> Any:
+    @kernel
+    def dequantize(control, codes, absmax, values, sizes, qmap, block_size, chunk_size):  # type: ignore[no-untyped-def]
+        mode = enter(control)
+        tensor, first, begin, end = pull(control, sizes, chunk_size, 0, 0)
+        while tensor < sizes.size:
+            while begin < end:
+                stop = min(begin + block_size, end)
+                scale = load("float32", absmax, begin // block_size)
+                for i in range(begin, stop):
+                    store(dtype, values, i, qmap[load("uint8", codes, i)] * scale)
+                begin = stop
+            tensor, first, begin, end = pull(control, sizes, chunk_size, tensor, first)
+        leave(control, mode)
+
+    return dequantize
