@@ -131,8 +131,9 @@ class Lion(Optimizer):
                 loss = closure()
         plan = self._prepared()
         try:
-            for batch, coefficients in plan:
+            for batch, _ in plan:
                 torch.autograd.graph.increment_version(batch.params)
+            for batch, coefficients in plan:
                 backends.for_device(batch.device).update(batch, coefficients)
                 batch.finish()
         finally:
