@@ -21,7 +21,7 @@ from cpu_kernels.device import (
     store,
 )
 from cpu_kernels.pool import Int64Array, enter, leave, pull, run
-from cpu_kernels.quantization import CHUNK, MAGNITUDE, QMAP, ZERO_CODE, nearest_code, stored_absmax
+from cpu_kernels.quantization import CHUNK, MAGNITUDE, QMAP, ZERO_CODE, nearest_code, order, stored_absmax
 from reference import BLOCK_SIZE
 
 Float32Array = npt.NDArray[np.float32]
@@ -177,8 +177,8 @@ def _update_8bit_kernel(dtype: str) -> Any:
     def update(control, params, grads, codes, absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
         mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
-        block = np.empty(BLOCK_SIZE, np.float32)
-        new_momentum = block.ctypes.data
+        momentum = np.empty(BLOCK_SIZE, np.float32)
+        block = momentum.ctypes.data
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
         while tensor < sizes.size:
             param, grad, code, scale = params[tensor], grads[tensor], codes[tensor], scales[tensor]
@@ -189,19 +189,23 @@ def _update_8bit_kernel(dtype: str) -> Any:
                 old = load("float32", absmax[tensor], begin // BLOCK_SIZE)
                 maximum = np.uint32(0)
                 for i in range(size):
+                    store("float32", block, i, QMAP[load("uint8", code, begin + i)])
+                for i in range(size):
                     g = load(dtype, grad, begin + i) * scale
-                    m = QMAP[load("uint8", code, begin + i)] * old
+                    m = load("float32", block, i) * old
                     c = beta1 * m + one_minus_beta1 * g
                     store(dtype, param, begin + i, new_param(load(dtype, param, begin + i), c, lr, decay))
                     m = beta2 * m + one_minus_beta2 * g
-                    store("float32", new_momentum, i, m)
+                    store("float32", block, i, m)
                     maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
                 new = stored_absmax(maximum)
                 store("float32", absmax[tensor], begin // BLOCK_SIZE, new)
                 if new > np.float32(0.0):
                     reciprocal = np.float32(1.0) / new
                     for i in range(size):
-                        store("uint8", code, begin + i, nearest_code(load("float32", new_momentum, i) * reciprocal))
+                        store("float32", block, i, order(load("float32", block, i) * reciprocal))
+                    for i in range(size):
+                        store("uint8", code, begin + i, nearest_code(load("float32", block, i)))
                 else:
                     for i in range(size):
                         store("uint8", code, begin + i, ZERO_CODE)
@@ -257,7 +261,7 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any]:
                     g = load(dtype, grad, i) * scale
                     m = QMAP[load("uint8", code, i)] * old
                     m = beta2 * m + one_minus_beta2 * g
-                    store("uint8", code, i, nearest_code(m * reciprocal))
+                    store("uint8", code, i, nearest_code(order(m * reciprocal)))
             else:
                 for i in range(begin, end):
                     store("uint8", code, i, ZERO_CODE)

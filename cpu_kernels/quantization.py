@@ -43,12 +43,18 @@ ZERO_CODE = np.uint32(127)
 
 
 @inlined
-def nearest_code(x: np.float32) -> np.uint32:
-    """Return the code of the dynamic map that is nearest to ``x``, in (-2, 2); ties go to the lower code."""
+def order(x: np.float32) -> np.float32:
+    """Return the bits of ``x`` made to ascend with its value as a signed integer, in the guise of a float32."""
     bits = np.int32(float_to_bits(x))
-    order = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-    entry = BUCKETS[np.uint32(np.int32(order >> np.int32(17)) + np.int32(8192))]
-    return np.uint32(np.uint32(entry + np.uint32(np.uint32(order) << np.uint32(7))) >> np.uint32(24))
+    return bits_to_float(np.uint32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+
+
+@inlined
+def nearest_code(order: np.float32) -> np.uint32:
+    """Return the code of the dynamic map nearest to the value of an order, in (-2, 2); ties go to the lower code."""
+    bits = float_to_bits(order)
+    entry = BUCKETS[np.uint32(np.int32(np.int32(bits) >> np.int32(17)) + np.int32(8192))]
+    return np.uint32(np.uint32(entry + np.uint32(bits << np.uint32(7))) >> np.uint32(24))
 
 
 @inlined
