@@ -1,0 +1,496 @@
+"""Every intrinsic of the CUDA kernels, each with its twin for Numba's simulator.
+
+Floating-point operations are rounded one by one: ``a * b + c`` in a kernel would be compiled to a fused multiply-add,
+so kernels call :func:`mul` and :func:`add`. Memory is reached through int64 addresses in the global address space.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from llvmlite import ir
+from numba import config, cuda
+from numba.cuda import types
+from numba.cuda.core.targetconfig import ConfigStack
+from numba.cuda.extending import intrinsic
+
+SIMULATOR = bool(config.ENABLE_CUDASIM)
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+
+_void, _u8, _u16, _u32 = types.void, types.uint8, types.uint16, types.uint32
+_i32, _i64, _f32, _f64 = types.int32, types.int64, types.float32, types.float64
+
+_FLOAT, _DOUBLE, _HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
+_I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_ALL_LANES = ir.Constant(_I32, 0xFFFFFFFF)
+_SM_80 = (8, 0)
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """Compile a device function that is always inlined; the simulator runs it as it is."""
+    return function if SIMULATOR else cuda.jit(device=True, forceinline=True)(function)
+
+
+def _intrinsic(signature: Any, twin: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Turn a function that emits LLVM code into an intrinsic of ``signature``; in the simulator, into its twin."""
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        if SIMULATOR:
+            return twin
+
+        def template(typing_context: Any, *arguments: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+                result = emit(builder, *values)
+                if isinstance(signature.return_type, types.BaseTuple):
+                    return context.make_tuple(builder, signature.return_type, result)
+                return context.get_dummy_value() if signature.return_type == _void else result
+
+            return signature, generate
+
+        template.__name__ = emit.__name__
+        template.__doc__ = emit.__doc__
+        names = ["typing_context", *list(inspect.signature(emit).parameters)[1:]]
+        template.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        )
+        return intrinsic(template)
+
+    return decorate
+
+
+def _call(builder: Any, name: str, result: Any, *values: Any) -> Any:
+    function_type = ir.FunctionType(result, [value.type for value in values])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, function_type, name)
+    return builder.call(function, values)
+
+
+def _assembly(
+    builder: Any, text: str, result: Any, constraints: str, *values: Any, side_effect: bool = False
+) -> Any:
+    function_type = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(ir.InlineAsm(function_type, text, constraints, side_effect), values)
+
+
+def _pointer(builder: Any, address: Any, pointee: Any) -> Any:
+    return builder.inttoptr(address, ir.PointerType(pointee, addrspace=1))
+
+
+def _load(builder: Any, address: Any, pointee: Any, align: int) -> Any:
+    return builder.load(_pointer(builder, address, pointee), align=align)
+
+
+def _store(builder: Any, address: Any, value: Any, align: int) -> None:
+    builder.store(value, _pointer(builder, address, value.type), align=align)
+
+
+def _has(capability: tuple[int, int]) -> bool:
+    return bool(ConfigStack().top().compute_capability >= capability)
+
+
+# Arithmetic -----------------------------------------------------------------------------------------------------------
+
+
+@_intrinsic(_f32(_f32, _f32), lambda a, b: np.float32(a * b))
+def mul(builder: Any, a: Any, b: Any) -> Any:
+    """Return ``a * b`` rounded to float32."""
+    return _call(builder, "llvm.nvvm.mul.rn.f", _FLOAT, a, b)
+
+
+@_intrinsic(_f32(_f32, _f32), lambda a, b: np.float32(a + b))
+def add(builder: Any, a: Any, b: Any) -> Any:
+    """Return ``a + b`` rounded to float32."""
+    return _call(builder, "llvm.nvvm.add.rn.f", _FLOAT, a, b)
+
+
+@_intrinsic(_f32(_f32, _f32), lambda a, b: np.float32(a - b))
+def sub(builder: Any, a: Any, b: Any) -> Any:
+    """Return ``a - b`` rounded to float32."""
+    return _call(builder, "llvm.nvvm.add.rn.f", _FLOAT, a, builder.fsub(ir.Constant(_FLOAT, -0.0), b))
+
+
+@_intrinsic(_f64(_f64, _f64), lambda a, b: np.float64(a + b))
+def add_f64(builder: Any, a: Any, b: Any) -> Any:
+    """Return ``a + b`` rounded to float64."""
+    return _call(builder, "llvm.nvvm.add.rn.d", _DOUBLE, a, b)
+
+
+@_intrinsic(_f32(_f32), lambda a: np.float32(1) / np.float32(a))
+def reciprocal(builder: Any, a: Any) -> Any:
+    """Return ``1 / a`` rounded to float32."""
+    return _call(builder, "llvm.nvvm.rcp.rn.f", _FLOAT, a)
+
+
+@_intrinsic(_f32(_f32, _f32), lambda a, b: np.float32(a) / np.float32(b))
+def div(builder: Any, a: Any, b: Any) -> Any:
+    """Return ``a / b`` rounded to float32."""
+    return _call(builder, "llvm.nvvm.div.rn.f", _FLOAT, a, b)
+
+
+@_intrinsic(_f32(_f32), lambda a: np.sqrt(np.float32(a)))
+def sqrt(builder: Any, a: Any) -> Any:
+    """Return the square root of ``a`` rounded to float32."""
+    return _call(builder, "llvm.nvvm.sqrt.rn.f", _FLOAT, a)
+
+
+# Bits -----------------------------------------------------------------------------------------------------------------
+
+
+@_intrinsic(_u32(_f32), lambda value: np.float32(value).view(np.uint32))
+def bits(builder: Any, value: Any) -> Any:
+    """Return the bits of a float32."""
+    return builder.bitcast(value, _I32)
+
+
+@_intrinsic(_f32(_u32), lambda pattern: np.uint32(pattern).view(np.float32))
+def from_bits(builder: Any, pattern: Any) -> Any:
+    """Return the float32 with these bits."""
+    return builder.bitcast(pattern, _FLOAT)
+
+
+@_intrinsic(_i32(_u32), lambda pattern: np.uint32(pattern).view(np.int32))
+def as_signed(builder: Any, pattern: Any) -> Any:
+    """Return the int32 with these bits."""
+    return pattern
+
+
+@_intrinsic(_u32(_u32, _u32), lambda a, b: np.uint32((int(a) + int(b)) & 0xFFFFFFFF))
+def wrapping_add(builder: Any, a: Any, b: Any) -> Any:
+    """Return ``a + b`` modulo 2**32."""
+    return builder.add(a, b)
+
+
+def _ordered_twin(pattern: Any) -> Any:
+    return np.uint32(pattern ^ np.uint32(0x7FFFFFFF)) if pattern >> np.uint32(31) else np.uint32(pattern)
+
+
+@_intrinsic(_u32(_u32), _ordered_twin)
+def ordered(builder: Any, pattern: Any) -> Any:
+    """Return an integer that is ordered, as an int32, like the float32 with these bits."""
+    sign = builder.ashr(pattern, ir.Constant(_I32, 31))
+    return builder.xor(pattern, builder.and_(sign, ir.Constant(_I32, 0x7FFFFFFF)))
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def _load_twin(dtype: Any) -> Callable[[Any], Any]:
+    size = np.dtype(dtype).itemsize
+
+    def load(address: Any) -> Any:
+        return np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype)[0]
+
+    return load
+
+
+def _store_twin(dtype: Any) -> Callable[[Any, Any], None]:
+    size = np.dtype(dtype).itemsize
+
+    def store(address: Any, value: Any) -> None:
+        ctypes.memmove(int(address), np.asarray(value).astype(dtype).tobytes(), size)
+
+    return store
+
+
+def _load_words_twin(count: int) -> Callable[[Any], Any]:
+    def load(address: Any) -> Any:
+        if address % (4 * count):
+            raise ValueError(f"misaligned {32 * count}-bit load at {address:#x}")
+        return tuple(np.frombuffer((ctypes.c_char * (4 * count)).from_address(int(address)), np.uint32))
+
+    return load
+
+
+def _store_words_twin(address: Any, *words: Any) -> None:
+    if address % (4 * len(words)):
+        raise ValueError(f"misaligned {32 * len(words)}-bit store at {address:#x}")
+    ctypes.memmove(int(address), np.array(words, np.uint32).tobytes(), 4 * len(words))
+
+
+def _load_words(builder: Any, address: Any, count: int) -> list[Any]:
+    vector = _load(builder, address, ir.VectorType(_I32, count), 4 * count)
+    return [builder.extract_element(vector, ir.Constant(_I32, i)) for i in range(count)]
+
+
+def _store_words(builder: Any, address: Any, words: tuple[Any, ...]) -> None:
+    vector = ir.Constant(ir.VectorType(_I32, len(words)), ir.Undefined)
+    for i, word in enumerate(words):
+        vector = builder.insert_element(vector, word, ir.Constant(_I32, i))
+    _store(builder, address, vector, 4 * len(words))
+
+
+@_intrinsic(types.UniTuple(_u32, 4)(_i64), _load_words_twin(4))
+def load_4_words(builder: Any, address: Any) -> Any:
+    """Return four uint32 by one 128-bit load; the address is a multiple of 16."""
+    return _load_words(builder, address, 4)
+
+
+@_intrinsic(_void(_i64, _u32, _u32, _u32, _u32), _store_words_twin)
+def store_4_words(builder: Any, address: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    """Write four uint32 by one 128-bit store; the address is a multiple of 16."""
+    _store_words(builder, address, (a, b, c, d))
+
+
+@_intrinsic(types.UniTuple(_u32, 2)(_i64), _load_words_twin(2))
+def load_2_words(builder: Any, address: Any) -> Any:
+    """Return two uint32 by one 64-bit load; the address is a multiple of 8."""
+    return _load_words(builder, address, 2)
+
+
+@_intrinsic(_void(_i64, _u32, _u32), _store_words_twin)
+def store_2_words(builder: Any, address: Any, a: Any, b: Any) -> None:
+    """Write two uint32 by one 64-bit store; the address is a multiple of 8."""
+    _store_words(builder, address, (a, b))
+
+
+@_intrinsic(_i64(_i64), _load_twin(np.int64))
+def load_i64(builder: Any, address: Any) -> Any:
+    """Return the int64 at an address."""
+    return _load(builder, address, _I64, 8)
+
+
+@_intrinsic(_u32(_i64), _load_twin(np.uint32))
+def load_u32(builder: Any, address: Any) -> Any:
+    """Return the uint32 at an address."""
+    return _load(builder, address, _I32, 4)
+
+
+@_intrinsic(_void(_i64, _u32), _store_twin(np.uint32))
+def store_u32(builder: Any, address: Any, value: Any) -> None:
+    """Write a uint32."""
+    _store(builder, address, value, 4)
+
+
+@_intrinsic(_f32(_i64), _load_twin(np.float32))
+def load_f32(builder: Any, address: Any) -> Any:
+    """Return the float32 at an address."""
+    return _load(builder, address, _FLOAT, 4)
+
+
+@_intrinsic(_void(_i64, _f32), _store_twin(np.float32))
+def store_f32(builder: Any, address: Any, value: Any) -> None:
+    """Write a float32."""
+    _store(builder, address, value, 4)
+
+
+@_intrinsic(_u32(_i64), lambda address: np.uint32(_load_twin(np.uint16)(address)))
+def load_u16(builder: Any, address: Any) -> Any:
+    """Return the uint16 at an address, zero-extended."""
+    return builder.zext(_load(builder, address, _I16, 2), _I32)
+
+
+@_intrinsic(_void(_i64, _u32), _store_twin(np.uint16))
+def store_u16(builder: Any, address: Any, value: Any) -> None:
+    """Write the low 16 bits of a uint32."""
+    _store(builder, address, builder.trunc(value, _I16), 2)
+
+
+@_intrinsic(_u32(_i64), lambda address: np.uint32(_load_twin(np.uint8)(address)))
+def load_u8(builder: Any, address: Any) -> Any:
+    """Return the uint8 at an address, zero-extended."""
+    return builder.zext(_load(builder, address, _I8, 1), _I32)
+
+
+@_intrinsic(_void(_i64, _u32), _store_twin(np.uint8))
+def store_u8(builder: Any, address: Any, value: Any) -> None:
+    """Write the low 8 bits of a uint32."""
+    _store(builder, address, builder.trunc(value, _I8), 1)
+
+
+_atomic_lock = threading.Lock()
+
+
+def _atomic_max_twin(address: Any, value: Any) -> None:
+    with _atomic_lock:
+        store_u32(address, max(load_u32(address), value))
+
+
+@_intrinsic(_void(_i64, _u32), _atomic_max_twin)
+def atomic_max_u32(builder: Any, address: Any, value: Any) -> None:
+    """Raise the uint32 at an address to ``value`` if it is less."""
+    builder.atomic_rmw("umax", _pointer(builder, address, _I32), value, "monotonic")
+
+
+# Conversions ----------------------------------------------------------------------------------------------------------
+
+
+def _half_twin(pattern: Any) -> Any:
+    return np.float32(np.uint16(pattern & np.uint32(0xFFFF)).view(np.float16))
+
+
+@_intrinsic(_f32(_u32), _half_twin)
+def from_half(builder: Any, pattern: Any) -> Any:
+    """Return the float16 in the low 16 bits as a float32."""
+    return builder.fpext(builder.bitcast(builder.trunc(pattern, _I16), _HALF), _FLOAT)
+
+
+def _pair_twin(dtype: Any) -> Callable[[Any, Any], Any]:
+    return lambda low, high: np.array([low, high], np.float32).astype(dtype).view(np.uint32)[0]
+
+
+@_intrinsic(_u32(_f32, _f32), _pair_twin(np.float16))
+def to_half_pair(builder: Any, low: Any, high: Any) -> Any:
+    """Return two float32 rounded to float16, packed into 32 bits."""
+    if _has(_SM_80):
+        return _assembly(builder, "cvt.rn.f16x2.f32 $0, $1, $2;", _I32, "=r,f,f", high, low)
+    halves = [builder.zext(builder.bitcast(builder.fptrunc(x, _HALF), _I16), _I32) for x in (low, high)]
+    return builder.or_(halves[0], builder.shl(halves[1], ir.Constant(_I32, 16)))
+
+
+@_intrinsic(_u32(_f32, _f32), _pair_twin(ml_dtypes.bfloat16))
+def to_bfloat16_pair(builder: Any, low: Any, high: Any) -> Any:
+    """Return two float32 rounded to bfloat16, packed into 32 bits."""
+    if _has(_SM_80):
+        return _assembly(builder, "cvt.rn.bf16x2.f32 $0, $1, $2;", _I32, "=r,f,f", high, low)
+    rounded = []
+    for x in (low, high):
+        pattern = builder.bitcast(x, _I32)
+        odd = builder.and_(builder.lshr(pattern, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+        nearest = builder.add(builder.add(pattern, ir.Constant(_I32, 0x7FFF)), odd)
+        nan = builder.fcmp_unordered("uno", x, x)
+        rounded.append(builder.select(nan, ir.Constant(_I32, 0x7FC00000), nearest))
+    high_bits = builder.and_(rounded[1], ir.Constant(_I32, 0xFFFF0000))
+    return builder.or_(builder.lshr(rounded[0], ir.Constant(_I32, 16)), high_bits)
+
+
+# Warps ----------------------------------------------------------------------------------------------------------------
+
+
+def _exchange_twin(value: Any, choose: Callable[[int], list[int]]) -> list[Any]:
+    """Return what the chosen lanes of this thread's warp hold; every thread of the block takes part."""
+    thread: Any = threading.current_thread()
+    slots = thread._manager.__dict__.setdefault("slots", {})
+    lane = thread.thread_id % 32
+    slots[thread.thread_id] = value
+    thread.syncthreads()
+    values = [slots[thread.thread_id - lane + source] for source in choose(lane)]
+    thread.syncthreads()
+    return values
+
+
+def _shuffle_xor(builder: Any, pattern: Any, mask: Any) -> Any:
+    clamp = ir.Constant(_I32, 31)
+    return _call(builder, "llvm.nvvm.shfl.sync.bfly.i32", _I32, _ALL_LANES, pattern, mask, clamp)
+
+
+@_intrinsic(_f32(_f32, _i32), lambda value, mask: _exchange_twin(value, lambda lane: [lane ^ mask])[0])
+def shuffle_xor(builder: Any, value: Any, mask: Any) -> Any:
+    """Return ``value`` of the lane whose number differs in the bits of ``mask``; all lanes take part."""
+    return builder.bitcast(_shuffle_xor(builder, builder.bitcast(value, _I32), mask), _FLOAT)
+
+
+@_intrinsic(_f64(_f64, _i32), lambda value, mask: _exchange_twin(value, lambda lane: [lane ^ mask])[0])
+def shuffle_xor_f64(builder: Any, value: Any, mask: Any) -> Any:
+    """Return ``value`` of the lane whose number differs in the bits of ``mask``; all lanes take part."""
+    pattern = builder.bitcast(value, _I64)
+    low = _shuffle_xor(builder, builder.trunc(pattern, _I32), mask)
+    high = _shuffle_xor(builder, builder.trunc(builder.lshr(pattern, ir.Constant(_I64, 32)), _I32), mask)
+    both = builder.or_(
+        builder.zext(low, _I64), builder.shl(builder.zext(high, _I64), ir.Constant(_I64, 32))
+    )
+    return builder.bitcast(both, _DOUBLE)
+
+
+@_intrinsic(_u32(_u32), lambda value: max(_exchange_twin(value, lambda lane: list(range(32)))))
+def warp_max_u32(builder: Any, value: Any) -> Any:
+    """Return the greatest ``value`` of the warp; all lanes take part."""
+    if _has(_SM_80):
+        return _assembly(builder, "redux.sync.max.u32 $0, $1, $2;", _I32, "=r,r,r", value, _ALL_LANES, side_effect=True)
+    for mask in (16, 8, 4, 2, 1):
+        other = _shuffle_xor(builder, value, ir.Constant(_I32, mask))
+        value = builder.select(builder.icmp_unsigned(">", other, value), other, value)
+    return value
+
+
+@_intrinsic(_void(), lambda: threading.current_thread().syncthreads())  # type: ignore[attr-defined]
+def sync_warp(builder: Any) -> None:
+    """Wait for all lanes of the warp; what they wrote before is seen by all after."""
+    _call(builder, "llvm.nvvm.bar.warp.sync", ir.VoidType(), _ALL_LANES)
+
+
+# Eight consecutive elements of a parameter or gradient ----------------------------------------------------------------
+
+
+@device
+def load_float(dtype: int, address: int) -> np.float32:
+    """Return the element at an address as a float32."""
+    if dtype == FLOAT32:
+        return load_f32(address)
+    if dtype == FLOAT16:
+        return from_half(load_u16(address))
+    return from_bits(np.uint32(load_u16(address) << np.uint32(16)))
+
+
+@device
+def store_float(dtype: int, address: int, value: np.float32) -> None:
+    """Write a float32, rounded to the dtype."""
+    if dtype == FLOAT32:
+        store_f32(address, value)
+    elif dtype == FLOAT16:
+        store_u16(address, to_half_pair(value, value))
+    else:
+        store_u16(address, to_bfloat16_pair(value, value))
+
+
+@device
+def load_8(dtype: int, address: int, wide: bool, left: int, values: np.ndarray) -> None:
+    """Fill ``values`` with eight elements as float32: by 128-bit loads if ``wide``, else the ``left`` ones and zeros."""
+    if not wide:
+        for j in range(8):
+            values[j] = load_float(dtype, address + j * (4 if dtype == FLOAT32 else 2)) if j < left else np.float32(0)
+    elif dtype == FLOAT32:
+        for half in range(2):
+            words = load_4_words(address + 16 * half)
+            values[4 * half] = from_bits(words[0])
+            values[4 * half + 1] = from_bits(words[1])
+            values[4 * half + 2] = from_bits(words[2])
+            values[4 * half + 3] = from_bits(words[3])
+    else:
+        words = load_4_words(address)
+        for i in range(4):
+            if dtype == FLOAT16:
+                values[2 * i] = from_half(words[i])
+                values[2 * i + 1] = from_half(np.uint32(words[i] >> np.uint32(16)))
+            else:
+                values[2 * i] = from_bits(np.uint32(words[i] << np.uint32(16)))
+                values[2 * i + 1] = from_bits(np.uint32(words[i] & np.uint32(0xFFFF0000)))
+
+
+@device
+def store_8(dtype: int, address: int, wide: bool, left: int, values: np.ndarray) -> None:
+    """Write eight float32, rounded to the dtype: by 128-bit stores if ``wide``, else the first ``left`` ones."""
+    if not wide:
+        for j in range(8):
+            if j < left:
+                store_float(dtype, address + j * (4 if dtype == FLOAT32 else 2), values[j])
+    elif dtype == FLOAT32:
+        for half in range(2):
+            store_4_words(
+                address + 16 * half,
+                bits(values[4 * half]),
+                bits(values[4 * half + 1]),
+                bits(values[4 * half + 2]),
+                bits(values[4 * half + 3]),
+            )
+    elif dtype == FLOAT16:
+        store_4_words(
+            address,
+            to_half_pair(values[0], values[1]),
+            to_half_pair(values[2], values[3]),
+            to_half_pair(values[4], values[5]),
+            to_half_pair(values[6], values[7]),
+        )
+    else:
+        store_4_words(
+            address,
+            to_bfloat16_pair(values[0], values[1]),
+            to_bfloat16_pair(values[2], values[3]),
+            to_bfloat16_pair(values[4], values[5]),
+            to_bfloat16_pair(values[6], values[7]),
+        )
