@@ -1,0 +1,132 @@
+"""The kernels' compiled PTX, executed on the CPU with memory checks, equals the reference.
+
+The executor (ptxrun) runs what the compiler emitted: every access is checked, warps and blocks run in random order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cuda_kernels import launch
+from tests import strategies
+from tests.compiled import building
+from tests.differential import cuda_cases as cases
+
+ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importable")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+
+CAPABILITY = (9, 0)
+THREADS = 64
+BLOCKS = 2
+KINDS = ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"]
+
+some = settings(max_examples=25)
+_modules: dict[tuple[Any, ...], Any] = {}
+_launches = 0
+
+
+class CheckedBuffer:
+    def __init__(self, values: cases.Array, offset_bytes: int) -> None:
+        self.array = ptxrun.device_array(values.shape, values.dtype, offset=offset_bytes)
+        self.array[...] = values
+        self.address = ptxrun.register(self.array)
+
+    def read(self) -> cases.Array:
+        return self.array
+
+
+class CheckedMemory:
+    resident_blocks = BLOCKS
+
+    def put(self, values: cases.Array, offset_bytes: int = 0) -> CheckedBuffer:
+        return CheckedBuffer(values, offset_bytes)
+
+
+MEMORY = CheckedMemory()
+
+
+def execute(name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int) -> None:
+    """Do what ``launch._launch`` does, by the executor instead of a GPU."""
+    global _launches
+    _launches += 1
+    if (name, dtype, device) not in _modules:
+        _modules[name, dtype, device] = ptxrun.Module(building.ptx(launch.kernel(name, dtype), CAPABILITY))
+    information = _modules[name, dtype, device].launch(
+        None,
+        max(1, min(blocks, BLOCKS)),
+        THREADS,
+        [np.int64(argument) for argument in arguments],
+        order="random",
+        block_order="random",
+        seed=_launches,
+    )
+    assert not information.warnings
+
+
+@pytest.fixture(autouse=True, scope="module")
+def executor() -> Iterator[None]:
+    original, launch._launch = launch._launch, execute
+    yield
+    launch._launch = original
+
+
+@pytest.fixture(autouse=True)
+def empty_memory() -> Iterator[None]:
+    yield
+    ptxrun.unregister()
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@some
+@given(data=st.data(), hyper=strategies.hyperparameters(), scaled=st.booleans())
+def test_update(kind: str, dtype: str, data: st.DataObject, hyper: object, scaled: bool) -> None:
+    ptxrun.unregister()
+    drawn = data.draw(cases.tensors(dtype, tensorwise=kind.endswith("tensorwise")))
+    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_codes_at_thresholds(kind: str) -> None:
+    cases.check_codes_at_thresholds(MEMORY, kind)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@some
+@given(data=st.data())
+def test_squared_norm(dtype: str, data: st.DataObject) -> None:
+    ptxrun.unregister()
+    # Over 32 and 256 chunks, the parts of the total take part.
+    grads = data.draw(cases.gradients(dtype, 9000, largest=(0, 0, 33 * 4096 + 1, 300 * 4096)))
+    cases.check_squared_norm(MEMORY, dtype, grads)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@some
+@given(
+    data=st.data(),
+    history=cases.histories(),
+    step=st.sampled_from([0, 1, 97, 98, 99, 100, 1000]),
+    percentile=st.integers(1, 99),
+)
+def test_percentile_clipping(
+    dtype: str, data: st.DataObject, history: cases.Array, step: int, percentile: int
+) -> None:
+    ptxrun.unregister()
+    grads = data.draw(cases.gradients(dtype, 5000))
+    cases.check_percentile_clipping(MEMORY, dtype, grads, history, step, percentile)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@some
+@given(data=st.data(), block_size=st.sampled_from(cases.BLOCK_SIZES), qmap=cases.maps())
+def test_quantize_and_dequantize(dtype: str, data: st.DataObject, block_size: int, qmap: cases.Array) -> None:
+    ptxrun.unregister()
+    values = data.draw(strategies.floats(dtype, data.draw(strategies.sizes())))
+    cases.check_quantize_and_dequantize(MEMORY, dtype, (values, data.draw(strategies.offsets(dtype))), block_size, qmap)

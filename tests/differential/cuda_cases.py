@@ -1,0 +1,273 @@
+"""What the CUDA kernels are held to, wherever they run: in the simulator, as executed PTX, on a GPU.
+
+Each case draws its inputs, puts them where the kernels can reach them, launches, and compares every buffer with the
+reference, those that must not change included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import strategies as st
+
+import reference
+from cuda_kernels import launch
+from cuda_kernels.quantization import lookup_table
+from cuda_kernels.table import table, work_list
+from tests import strategies
+from tests.comparing import assert_same_bits
+
+Array = npt.NDArray[Any]
+
+QMAP = reference.create_dynamic_map()
+BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Buffer(Protocol):
+    """An array that kernels can reach."""
+
+    address: int
+
+    def read(self) -> Array:
+        """Return what it holds now, after checking that the bytes around it are as they were."""
+
+
+class Memory(Protocol):
+    """Where kernels run, and how arrays get there."""
+
+    resident_blocks: int
+
+    def put(self, values: Array, offset_bytes: int = 0) -> Buffer:
+        """Return a copy, off by so many bytes from a 64-byte boundary."""
+
+
+@st.composite
+def tensors(
+    draw: st.DrawFn, dtype: str, *, tensorwise: bool = False, max_size: int = 5000, max_tensors: int = 3
+) -> list[dict[str, tuple[Array, int]]]:
+    """Tensors as dicts from names to (array, offset in bytes); half of them so aligned that wide accesses are used."""
+    drawn = []
+    for _ in range(draw(st.integers(1, max_tensors))):
+        size = draw(strategies.sizes(max_size))
+        blocks = 1 if tensorwise else -(-size // 256)
+        parts: dict[str, tuple[str, Any]] = {
+            "param": (dtype, strategies.floats(dtype, size)),
+            "grad": (dtype, strategies.floats(dtype, size)),
+            "momentum": ("float32", strategies.floats("float32", size)),
+            "codes": ("uint8", strategies.codes(size)),
+            "absmax": ("float32", strategies.floats("float32", blocks).map(np.abs)),
+            "new_absmax": ("float32", strategies.floats("float32", 1)),
+            "step": ("float32", st.integers(0, 1000).map(lambda step: np.array([step], np.float32))),
+            "scale": ("float32", strategies.scales().map(lambda scale: np.array([scale], np.float32))),
+        }
+        aligned = draw(st.booleans())
+        tensor = {}
+        for name, (kind, values) in parts.items():
+            offset = st.integers(0, 63) if kind == "uint8" else strategies.offsets(kind)
+            tensor[name] = (draw(values), 0 if aligned else draw(offset))
+        drawn.append(tensor)
+    return drawn
+
+
+def _expected(kind: str, old: dict[str, Array], k: reference.Coefficients, scale: np.float32) -> dict[str, Array]:
+    new = {"step": old["step"] + np.float32(1)}
+    if not old["param"].size:
+        return new
+    if kind == "update_32bit":
+        names: tuple[str, ...] = ("param", "momentum")
+        updated: tuple[Any, ...] = reference.update_32bit(old["param"], old["grad"], old["momentum"], k, scale)
+    else:
+        names = ("param", "codes", "absmax")
+        update = getattr(reference, kind)
+        updated = update(old["param"], old["grad"], old["codes"], old["absmax"], QMAP, k, scale)
+        if kind == "update_8bit_tensorwise":
+            names, updated = (*names, "new_absmax"), (*updated, updated[2])
+    return new | dict(zip(names, updated, strict=True))
+
+
+def check_update(
+    memory: Memory, kind: str, dtype: str, drawn: list[dict[str, tuple[Array, int]]], hyper: Any, scaled: bool
+) -> None:
+    """Launch one of the updates and compare all of its tensors."""
+    k = reference.coefficients(*hyper)
+    before = [{name: array for name, (array, _) in tensor.items()} for tensor in drawn]
+    buffers = [{name: memory.put(*part) for name, part in tensor.items()} for tensor in drawn]
+    sizes = np.array([old["param"].size for old in before], np.int64)
+    items = work_list(sizes, 256, memory.resident_blocks)
+    work, lookup = memory.put(items), memory.put(lookup_table())
+    columns = {
+        "params": "param",
+        "grads": "grad",
+        "states": "momentum" if kind == "update_32bit" else "codes",
+        "absmax": "absmax",
+        "new_absmax": "new_absmax",
+        "steps": "step",
+        "scales": "scale",
+    }
+    addresses: dict[str, Any] = {
+        column: np.array([tensor[name].address for tensor in buffers], np.int64) for column, name in columns.items()
+    }
+    if not scaled:
+        del addresses["scales"]
+    words = table(
+        np.array(k, np.float32), sizes, work=work.address, items=len(items), lookup=lookup.address, **addresses
+    )
+    place = memory.put(words)
+    counts = (len(items), len(sizes)) if kind == "update_8bit_tensorwise" else (len(items),)
+    getattr(launch, kind)(dtype, place.address, *counts, 0, 0)
+    for tensor, old in zip(buffers, before, strict=True):
+        new = _expected(kind, old, k, old["scale"][0] if scaled else np.float32(1))
+        for name, buffer in tensor.items():
+            assert_same_bits(buffer.read(), new.get(name, old[name]), what=name)
+    for buffer, values in ((work, items), (lookup, lookup_table()), (place, words)):
+        assert_same_bits(buffer.read(), values, what="table")
+
+
+def check_codes_at_thresholds(memory: Memory, kind: str) -> None:
+    """With beta2 = 0 and absmax 1 the new momentum is the gradient, and its own quotient."""
+    order = reference.quantize_thresholds(QMAP).view(np.int32)
+    order = (order ^ ((order >> 31) & 0x7FFFFFFF))[:, None] + np.arange(-1, 2, dtype=np.int32)
+    order = order.reshape(-1)
+    x = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32)
+    x = np.pad(x, (0, -x.size % 255)).reshape(-1, 255)
+    grad = np.concatenate([np.ones((len(x), 1), np.float32), x], axis=1).reshape(-1)
+    tensor = {
+        "param": (np.zeros_like(grad), 0),
+        "grad": (grad, 0),
+        "codes": (np.full(grad.size, 127, np.uint8), 0),
+        "absmax": (np.zeros(len(x) if kind == "update_8bit_blockwise" else 1, np.float32), 0),
+        "new_absmax": (np.zeros(1, np.float32), 0),
+        "step": (np.zeros(1, np.float32), 0),
+        "scale": (np.ones(1, np.float32), 0),
+    }
+    check_update(memory, kind, "float32", [tensor], (1e-4, (0.0, 0.0), 0.0), False)
+
+
+def check_squared_norm(memory: Memory, dtype: str, grads: list[tuple[Array, int]]) -> None:
+    """Launch the squared norms and compare them."""
+    _check_norms(memory, dtype, grads, lambda *arguments: launch.squared_norm(*arguments), None, 0, 100)
+
+
+def check_percentile_clipping(
+    memory: Memory, dtype: str, grads: list[tuple[Array, int]], history: Array, step: int, percentile: int
+) -> None:
+    """Launch the clipping and compare histories and scales."""
+    call = lambda *arguments: launch.percentile_clipping(*arguments)  # noqa: E731
+    _check_norms(memory, dtype, grads, call, history, step, percentile)
+
+
+def _check_norms(
+    memory: Memory,
+    dtype: str,
+    grads: list[tuple[Array, int]],
+    call: Callable[..., None],
+    history: Array | None,
+    step: int,
+    percentile: int,
+) -> None:
+    n = len(grads)
+    sizes = np.array([array.size for array, _ in grads], np.int64)
+    items = work_list(sizes, 4096, memory.resident_blocks)
+    work = memory.put(items)
+    places = [memory.put(*grad) for grad in grads]
+    partials = [memory.put(np.full(-(-size // 4096), np.nan, np.float32)) for size in sizes]
+    scales = [memory.put(np.full(1, np.nan, np.float32)) for _ in grads]
+    steps = [memory.put(np.array([step], np.float32)) for _ in grads]
+    histories = [memory.put(np.zeros(100, np.float32) if history is None else history) for _ in grads]
+
+    def column(buffers: list[Buffer]) -> npt.NDArray[np.int64]:
+        return np.array([buffer.address for buffer in buffers], np.int64)
+
+    words = table(
+        np.zeros(6, np.float32),
+        sizes,
+        work=work.address,
+        items=len(items),
+        grads=column(places),
+        steps=column(steps),
+        scales=column(scales),
+        gnorm_vecs=column(histories),
+        partials=column(partials),
+        percentile=percentile,
+    )
+    place = memory.put(words)
+    call(dtype, place.address, len(items), n, 0, 0)
+    for i, (grad, _) in enumerate(grads):
+        squared = reference.squared_norm(grad)
+        if history is None:
+            assert_same_bits(scales[i].read(), np.array([squared]), what="squared norm")
+            continue
+        with np.errstate(all="ignore"):
+            new, _, _, scale = reference.percentile_clipping(history, squared, step + 1, percentile)
+        assert_same_bits(scales[i].read(), np.array([scale], np.float32), what="scale")
+        assert_same_bits(histories[i].read(), new, what="gnorm_vec")
+        assert_same_bits(steps[i].read(), np.array([step], np.float32), what="step")
+        assert_same_bits(places[i].read(), grad, what="grad")
+        partials[i].read()
+
+
+@st.composite
+def gradients(draw: st.DrawFn, dtype: str, max_size: int, *, largest: tuple[int, ...] = ()) -> list[tuple[Array, int]]:
+    """Gradients as (array, offset in bytes), sometimes one of the ``largest`` sizes."""
+    sizes = draw(st.lists(strategies.sizes(max_size), min_size=1, max_size=3))
+    if largest:
+        sizes.append(draw(st.sampled_from(largest)))
+    aligned = st.just(0)
+    return [(draw(strategies.floats(dtype, size)), draw(aligned | strategies.offsets(dtype))) for size in sizes]
+
+
+def histories() -> st.SearchStrategy[Array]:
+    """Histories: empty, recorded, with equal values, and partly empty or not finite as a checkpoint may hold them."""
+
+    def make(seed: int) -> Array:
+        rng = np.random.default_rng(seed)
+        history = rng.random(100, np.float32) * np.float32(10.0) ** rng.integers(-30, 30)
+        if seed % 4 == 1:
+            history = rng.choice(history[:3], 100)
+        if seed % 4 == 2:
+            history[rng.integers(0, 100, 30)] = 0
+        if seed % 4 == 3:
+            history[rng.integers(0, 100, 30)] = rng.choice([np.nan, np.inf, 1e-45], 30)
+        return history.astype(np.float32)
+
+    return st.just(np.zeros(100, np.float32)) | strategies.seeds().map(make)
+
+
+def maps() -> st.SearchStrategy[Array]:
+    """Ascending maps: the dynamic ones, random ones, and ones with few different entries."""
+
+    def make(seed: int) -> Array:
+        rng = np.random.default_rng(seed)
+        if seed % 2:
+            return np.sort(rng.choice(np.array([-1, -0.5, 0, 1e-3, 1], np.float32), 256))
+        return np.sort(rng.uniform(-1, 1, 256).astype(np.float32))
+
+    return st.sampled_from([QMAP, reference.create_dynamic_map(signed=False)]) | strategies.seeds().map(make)
+
+
+def check_quantize_and_dequantize(
+    memory: Memory, dtype: str, values: tuple[Array, int], block_size: int, qmap: Array
+) -> None:
+    """Quantize with any map and read back, comparing codes, absmax and values."""
+    size = values[0].size
+    blocks = -(-size // block_size)
+    place = memory.put(*values)
+    codes = memory.put(np.zeros(size, np.uint8), 1)
+    absmax = memory.put(np.zeros(blocks, np.float32), 4)
+    entries, thresholds = memory.put(qmap), memory.put(reference.quantize_thresholds(qmap))
+    launch.quantize_blockwise(
+        dtype, place.address, codes.address, absmax.address, size, thresholds.address, block_size, 0, 0
+    )
+    expected_codes, expected_absmax = reference.quantize_blockwise(values[0], qmap, block_size)
+    assert_same_bits(absmax.read(), expected_absmax, what="absmax")
+    assert_same_bits(codes.read(), expected_codes, what="codes", block_size=block_size)
+    assert_same_bits(place.read(), values[0], what="values")
+    launch.dequantize_blockwise(
+        dtype, codes.address, absmax.address, place.address, size, entries.address, block_size, 0, 0
+    )
+    with np.errstate(all="ignore"):
+        expected = reference.dequantize_blockwise(expected_codes, expected_absmax, qmap, block_size)
+        assert_same_bits(place.read(), expected.astype(values[0].dtype), what="dequantized")

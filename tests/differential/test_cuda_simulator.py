@@ -1,0 +1,69 @@
+"""The CUDA kernels in Numba's simulator equal the reference: run with NUMBA_ENABLE_CUDASIM=1 in the environment."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import strategies
+from tests.comparing import guarded
+from tests.differential import cuda_cases as cases
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("NUMBA_ENABLE_CUDASIM") != "1", reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment"
+)
+
+few = settings(max_examples=5)
+KINDS = ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"]
+
+
+class HostBuffer:
+    def __init__(self, values: cases.Array, offset_bytes: int) -> None:
+        self.array, self.check = guarded(values, offset_bytes=offset_bytes)
+        self.address = self.array.ctypes.data
+
+    def read(self) -> cases.Array:
+        self.check()
+        return self.array
+
+
+class HostMemory:
+    resident_blocks = 2
+
+    def put(self, values: cases.Array, offset_bytes: int = 0) -> HostBuffer:
+        return HostBuffer(values, offset_bytes)
+
+
+MEMORY = HostMemory()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@few
+@given(st.data(), strategies.dtypes(), strategies.hyperparameters(), st.booleans())
+def test_update(kind: str, data: st.DataObject, dtype: str, hyper: object, scaled: bool) -> None:
+    drawn = data.draw(cases.tensors(dtype, tensorwise=kind.endswith("tensorwise"), max_size=600, max_tensors=2))
+    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+def test_squared_norm(dtype: str) -> None:
+    sizes = [0, 1, 4096, 4097]
+    grads = [(strategies.make_floats("gradients", dtype, size, size), 0) for size in sizes]
+    cases.check_squared_norm(MEMORY, dtype, grads)
+
+
+@few
+@given(st.data(), strategies.dtypes(), cases.histories(), st.sampled_from([0, 98, 99, 100]), st.integers(1, 99))
+def test_percentile_clipping(data: st.DataObject, dtype: str, history: cases.Array, step: int, percentile: int) -> None:
+    cases.check_percentile_clipping(MEMORY, dtype, data.draw(cases.gradients(dtype, 300)), history, step, percentile)
+
+
+@few
+@given(st.data(), strategies.dtypes(), st.sampled_from(cases.BLOCK_SIZES), cases.maps())
+def test_quantize_and_dequantize(data: st.DataObject, dtype: str, block_size: int, qmap: cases.Array) -> None:
+    values = data.draw(strategies.floats(dtype, data.draw(strategies.sizes(600))))
+    cases.check_quantize_and_dequantize(MEMORY, dtype, (values, np.dtype(values.dtype).itemsize), block_size, qmap)
