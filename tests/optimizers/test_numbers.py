@@ -11,6 +11,7 @@ import lion
 from tests import strategies
 from tests.comparing import assert_same_bits
 from tests.optimizers.support import (
+    DTYPES,
     VARIANTS,
     ByHand,
     every_dtype,
@@ -76,7 +77,7 @@ def test_large_parameters(cls):
 
 @every_kind
 def test_dtypes_mixed_in_a_group(make):
-    params = [parameter(n, dtype=d, seed=n) for n in (100, 5000) for d in (torch.float32, torch.float16, torch.bfloat16)]
+    params = [parameter(n, dtype=d, seed=n) for n in (100, 5000) for d in DTYPES]
     follow(make(params, lr=1e-3), {p: ByHand.of(make, p) for p in params}, 5)
 
 
