@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.device import inlined, kernel, load, store
+from cpu_kernels.device import by_dtype, inlined, kernel, load, store
 from cpu_kernels.pool import Int64Array, enter, leave, pull, run
 from reference.clipping import CHUNK, CHUNK_LANES, HISTORY, TOTAL_LANES
 
@@ -28,12 +27,12 @@ def squared_norm(dtype: str, grads: Int64Array, sizes: Int64Array, threads: int)
         float32 array, one per gradient.
 
     Raises:
-        ValueError: If ``threads`` is below 1.
+        ValueError: If ``dtype`` is another or ``threads`` is below 1.
     """
     partials = np.empty(int(np.maximum(-(-sizes // CHUNK), 1).sum()), np.float32)
     run(_partials_kernel(dtype), threads, sizes.sum(), grads, sizes, partials)
     norms = np.empty(sizes.size, np.float32)
-    run(_totals, 1, partials.size, sizes, partials, norms)
+    run(_totals, threads, 0, sizes, partials, norms)
     return norms
 
 
@@ -65,7 +64,7 @@ def percentile_clipping(
     if not 1 <= percentile < HISTORY:
         raise ValueError(f"Invalid percentile: {percentile}; 1 to 99 is allowed")
     norms = squared_norm(dtype, grads, sizes, threads)
-    run(_clip, 1, norms.size, norms, gnorm_vecs, steps, scales, percentile)
+    run(_clip, threads, 0, norms, gnorm_vecs, steps, scales, percentile)
 
 
 @inlined
@@ -79,12 +78,12 @@ def add_pairs(lanes: Any) -> Any:
     return lanes[0]
 
 
-@functools.cache
+@by_dtype
 def _partials_kernel(dtype: str) -> Any:
     @kernel
     def partial_sums(control, grads, sizes, partials):  # type: ignore[no-untyped-def]
-        mode = enter(control)
         lanes = np.empty(CHUNK_LANES, np.float32)
+        mode = enter(control)
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
         while tensor < sizes.size:
             grad, number = grads[tensor], first + begin // CHUNK
@@ -103,8 +102,8 @@ def _partials_kernel(dtype: str) -> Any:
 
 @kernel
 def _totals(control, sizes, partials, norms):  # type: ignore[no-untyped-def]
-    mode = enter(control)
     lanes = np.empty(TOTAL_LANES, np.float64)
+    mode = enter(control)
     first = 0
     for tensor in range(sizes.size):
         count = max(1, (sizes[tensor] + CHUNK - 1) // CHUNK)
@@ -118,8 +117,8 @@ def _totals(control, sizes, partials, norms):  # type: ignore[no-untyped-def]
 
 @kernel
 def _clip(control, norms, gnorm_vecs, steps, scales, percentile):  # type: ignore[no-untyped-def]
-    mode = enter(control)
     history = np.empty(HISTORY, np.float32)
+    mode = enter(control)
     for tensor in range(norms.size):
         squared, gnorm_vec = norms[tensor], gnorm_vecs[tensor]
         scales[tensor] = np.float32(1.0)

@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
+FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, "uint8": I8}
 MACHINE = platform.machine().lower()
 X86, ARM = MACHINE in ("x86_64", "amd64"), MACHINE in ("aarch64", "arm64")
@@ -46,6 +47,18 @@ def kernel(function: Callable[..., None]) -> Any:
         return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # no folder for the cache can be written
         return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def by_dtype(make: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a function that makes the kernels of a dtype once, and refuses other dtypes."""
+
+    @functools.cache
+    def made(dtype: str) -> Any:
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"Invalid dtype: {dtype!r}; {', '.join(FLOAT_DTYPES)} are allowed")
+        return make(dtype)
+
+    return made
 
 
 @functools.cache

@@ -5,7 +5,6 @@ Tables are int64 arrays with an entry per tensor: raw addresses of contiguous te
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from cpu_kernels.device import (
     atomic_max_bits,
     bits_to_float,
+    by_dtype,
     float_to_bits,
     inlined,
     kernel,
@@ -53,7 +53,7 @@ def update_32bit(
         threads: How many threads may work, at least 1.
 
     Raises:
-        ValueError: If ``threads`` is below 1.
+        ValueError: If ``dtype`` is another or ``threads`` is below 1.
     """
     run(_update_32bit_kernel(dtype), threads, sizes.sum(), params, grads, momentums, sizes, steps, scales, k)
 
@@ -87,7 +87,7 @@ def update_8bit_blockwise(
         threads: How many threads may work, at least 1.
 
     Raises:
-        ValueError: If ``threads`` is below 1.
+        ValueError: If ``dtype`` is another or ``threads`` is below 1.
     """
     run(_update_8bit_kernel(dtype), threads, sizes.sum(), params, grads, codes, absmax, sizes, steps, scales, k)
 
@@ -121,14 +121,14 @@ def update_8bit_tensorwise(
         threads: How many threads may work, at least 1.
 
     Raises:
-        ValueError: If ``threads`` is below 1.
+        ValueError: If ``dtype`` is another or ``threads`` is below 1.
     """
     elements = sizes.sum()
-    reset, move, requantize = _update_8bit_tensorwise_kernels(dtype)
-    run(reset, 1, elements, new_absmax)
+    reset, move, requantize, finish = _update_8bit_tensorwise_kernels(dtype)
+    run(reset, threads, 0, new_absmax)
     run(move, threads, elements, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k)
     run(requantize, threads, elements, grads, codes, absmax, new_absmax, sizes, scales, k)
-    run(_finish_kernel(), 1, elements, absmax, new_absmax)
+    run(finish, threads, 0, absmax, new_absmax, sizes)
 
 
 @inlined
@@ -148,7 +148,7 @@ def count_step(address: int) -> None:
         store("float32", address, 0, load("float32", address, 0) + np.float32(1.0))
 
 
-@functools.cache
+@by_dtype
 def _update_32bit_kernel(dtype: str) -> Any:
     @kernel
     def update(control, params, grads, momentums, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
@@ -171,14 +171,14 @@ def _update_32bit_kernel(dtype: str) -> Any:
     return update
 
 
-@functools.cache
+@by_dtype
 def _update_8bit_kernel(dtype: str) -> Any:
     @kernel
     def update(control, params, grads, codes, absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
-        mode = enter(control)
-        lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
         momentum = np.empty(BLOCK_SIZE, np.float32)
         block = momentum.ctypes.data
+        mode = enter(control)
+        lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
         while tensor < sizes.size:
             param, grad, code, scale = params[tensor], grads[tensor], codes[tensor], scales[tensor]
@@ -216,8 +216,8 @@ def _update_8bit_kernel(dtype: str) -> Any:
     return update
 
 
-@functools.cache
-def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any]:
+@by_dtype
+def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
     @kernel
     def reset(control, new_absmax):  # type: ignore[no-untyped-def]
         for tensor in range(new_absmax.size):
@@ -268,16 +268,12 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any]:
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
         leave(control, mode)
 
-    return reset, move, requantize
-
-
-@functools.cache
-def _finish_kernel() -> Any:
     @kernel
-    def finish(control, absmax, new_absmax):  # type: ignore[no-untyped-def]
-        for tensor in range(absmax.size):
-            new = stored_absmax(float_to_bits(load("float32", new_absmax[tensor], 0)))
-            store("float32", absmax[tensor], 0, new)
-            store("float32", new_absmax[tensor], 0, new)
+    def finish(control, absmax, new_absmax, sizes):  # type: ignore[no-untyped-def]
+        for tensor in range(sizes.size):
+            if sizes[tensor] > 0:
+                new = stored_absmax(float_to_bits(load("float32", new_absmax[tensor], 0)))
+                store("float32", absmax[tensor], 0, new)
+            store("float32", new_absmax[tensor], 0, load("float32", absmax[tensor], 0))
 
-    return finish
+    return reset, move, requantize, finish

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from cpu_kernels.device import DEFAULT_FLOAT_MODE, atomic_add, inlined, kernel, 
 
 Int64Array = npt.NDArray[np.int64]
 
-# Below this many elements, waking a thread costs more than it saves.
+# Up to this many elements, waking a thread costs more than it saves.
 SMALL = 1 << 20
 # The counters live in cache lines of their own.
 NEXT, ACTIVE, CONTROL_SIZE = 8, 16, 24
@@ -30,7 +31,8 @@ def run(function: Any, threads: int, elements: int, *args: Any) -> None:
     Args:
         function: A kernel whose first argument is the control block, see :func:`enter`.
         threads: How many threads may work, at least 1.
-        elements: How many elements there are to work on; a few are served by one thread.
+        elements: How many elements there are to work on; few are served by the caller alone. 0 for a kernel that
+            does not pull its work, see :func:`pull`.
         args: The other arguments of the kernel.
 
     Raises:
@@ -39,7 +41,7 @@ def run(function: Any, threads: int, elements: int, *args: Any) -> None:
     if threads < 1:
         raise ValueError(f"Invalid threads: {threads}; at least 1 is needed")
     control = np.zeros(CONTROL_SIZE, np.int64)
-    if threads == 1 or elements < SMALL:
+    if threads == 1 or elements <= SMALL:
         function(control, *args)
         return
     try:
@@ -74,8 +76,12 @@ class _Pool:
 def _work(jobs: queue.SimpleQueue[tuple[Any, ...]]) -> None:
     while True:
         function, *args = jobs.get()
-        function(*args)
+        with suppress(Exception):  # the caller meets it too and raises it
+            function(*args)
         del function, args
+
+
+_pool = _Pool()
 
 
 def _renew() -> None:
@@ -83,14 +89,16 @@ def _renew() -> None:
     _pool = _Pool()
 
 
-_renew()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew)  # threads do not survive a fork
 
 
 @inlined
 def enter(control: Int64Array) -> int:
-    """Begin a thread's part of a kernel; return the floating-point mode to hand to :func:`leave`."""
+    """Begin a thread's part of a kernel; return the floating-point mode to hand to :func:`leave`.
+
+    Nothing may raise before it has left: the caller would wait for ever.
+    """
     atomic_add(control.ctypes.data + 8 * ACTIVE, 1)
     return set_float_mode(DEFAULT_FLOAT_MODE)
 

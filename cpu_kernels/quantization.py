@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.device import bits_to_float, float_to_bits, inlined, kernel, load, store
+from cpu_kernels.device import bits_to_float, by_dtype, float_to_bits, inlined, kernel, load, store
 from cpu_kernels.pool import enter, leave, pull, run
 from reference import create_dynamic_map, quantize_thresholds
 
@@ -146,7 +145,7 @@ def _chunk_size(block_size: int) -> int:
     return block_size * max(1, CHUNK // block_size)
 
 
-@functools.cache
+@by_dtype
 def _quantize_kernel(dtype: str) -> Any:
     @kernel
     def quantize(control, values, codes, absmax, sizes, thresholds, block_size, chunk_size):  # type: ignore[no-untyped-def]
@@ -175,7 +174,7 @@ def _quantize_kernel(dtype: str) -> Any:
     return quantize
 
 
-@functools.cache
+@by_dtype
 def _dequantize_kernel(dtype: str) -> Any:
     @kernel
     def dequantize(control, codes, absmax, values, sizes, qmap, block_size, chunk_size):  # type: ignore[no-untyped-def]

@@ -1,0 +1,360 @@
+"""The CPU kernels equal the reference, to the bit, and touch nothing but their tensors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cpu_kernels
+import reference
+from cpu_kernels import pool
+from tests import strategies
+from tests.comparing import Guarded, assert_same_bits, guarded
+
+Array = npt.NDArray[Any]
+
+QMAP = reference.create_dynamic_map()
+THRESHOLDS = reference.quantize_thresholds(QMAP)
+THREADS = st.sampled_from([1, 2])
+
+
+@pytest.fixture(autouse=True)
+def many_threads_for_small_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "SMALL", 0)
+
+
+class Tensor(NamedTuple):
+    """A parameter and all that goes with it, each between guard bytes."""
+
+    param: Guarded
+    grad: Guarded
+    momentum: Guarded
+    codes: Guarded
+    absmax: Guarded
+    step: Guarded
+    scale: np.float32
+
+
+def addresses(buffers: list[Guarded]) -> npt.NDArray[np.int64]:
+    return np.array([buffer.array.ctypes.data for buffer in buffers], np.int64)
+
+
+@st.composite
+def tensors(draw: st.DrawFn, dtype: str, *, tensorwise: bool = False, max_size: int = 5000) -> list[Tensor]:
+    drawn = []
+    for _ in range(draw(st.integers(1, 3))):
+        size = draw(strategies.sizes(max_size))
+        blocks = 1 if tensorwise else -(-size // 256)
+        kinds = {
+            "param": (dtype, strategies.floats(dtype, size)),
+            "grad": (dtype, strategies.floats(dtype, size)),
+            "momentum": ("float32", strategies.floats("float32", size)),
+            "codes": ("uint8", strategies.codes(size)),
+            "absmax": ("float32", strategies.floats("float32", blocks).map(np.abs)),
+            "step": ("float32", st.just(np.array([draw(st.integers(0, 1000))], np.float32))),
+        }
+        buffers = {
+            name: guarded(
+                draw(values), offset_bytes=draw(strategies.offsets(kind) if kind != "uint8" else st.integers(0, 63))
+            )
+            for name, (kind, values) in kinds.items()
+        }
+        drawn.append(Tensor(scale=draw(strategies.scales()), **buffers))
+    return drawn
+
+
+def table(drawn: list[Tensor], *names: str) -> list[npt.NDArray[np.int64]]:
+    return [addresses([getattr(tensor, name) for tensor in drawn]) for name in names]
+
+
+def sizes_of(drawn: list[Tensor]) -> npt.NDArray[np.int64]:
+    return np.array([tensor.param.array.size for tensor in drawn], np.int64)
+
+
+def scales_of(drawn: list[Tensor]) -> npt.NDArray[np.float32]:
+    return np.array([tensor.scale for tensor in drawn], np.float32)
+
+
+def check(drawn: list[Tensor], before: list[dict[str, Array]], expected: list[dict[str, Array]]) -> None:
+    for tensor, old, new in zip(drawn, before, expected, strict=True):
+        for name in old:
+            buffer = getattr(tensor, name)
+            assert_same_bits(buffer.array, new.get(name, old[name]), what=name)
+            buffer.check()
+
+
+def copies(drawn: list[Tensor]) -> list[dict[str, Array]]:
+    return [{name: getattr(t, name).array.copy() for name in t._fields if name != "scale"} for t in drawn]
+
+
+@given(st.data(), strategies.dtypes(), strategies.hyperparameters(), THREADS)
+def test_update_32bit(data: st.DataObject, dtype: str, hyper: tuple[Any, ...], threads: int) -> None:
+    drawn = data.draw(tensors(dtype))
+    k = reference.coefficients(*hyper)
+    before = copies(drawn)
+    expected = []
+    for t, old in zip(drawn, before, strict=True):
+        param, momentum = reference.update_32bit(old["param"], old["grad"], old["momentum"], k, t.scale)
+        expected.append({"param": param, "momentum": momentum, "step": old["step"] + np.float32(1)})
+    cpu_kernels.update_32bit(
+        dtype,
+        *table(drawn, "param", "grad", "momentum"),
+        sizes_of(drawn),
+        *table(drawn, "step"),
+        scales_of(drawn),
+        np.array(k, np.float32),
+        threads,
+    )
+    check(drawn, before, expected)
+
+
+@given(st.data(), strategies.dtypes(), strategies.hyperparameters(), THREADS)
+def test_update_8bit_blockwise(data: st.DataObject, dtype: str, hyper: tuple[Any, ...], threads: int) -> None:
+    drawn = data.draw(tensors(dtype))
+    k = reference.coefficients(*hyper)
+    before = copies(drawn)
+    expected = []
+    for t, old in zip(drawn, before, strict=True):
+        new = reference.update_8bit_blockwise(old["param"], old["grad"], old["codes"], old["absmax"], QMAP, k, t.scale)
+        expected.append(dict(zip(("param", "codes", "absmax"), new, strict=True), step=old["step"] + np.float32(1)))
+    cpu_kernels.update_8bit_blockwise(
+        dtype,
+        *table(drawn, "param", "grad", "codes", "absmax"),
+        sizes_of(drawn),
+        *table(drawn, "step"),
+        scales_of(drawn),
+        np.array(k, np.float32),
+        threads,
+    )
+    check(drawn, before, expected)
+
+
+@given(st.data(), strategies.dtypes(), strategies.hyperparameters(), THREADS)
+def test_update_8bit_tensorwise(data: st.DataObject, dtype: str, hyper: tuple[Any, ...], threads: int) -> None:
+    drawn = data.draw(tensors(dtype, tensorwise=True))
+    k = reference.coefficients(*hyper)
+    before = copies(drawn)
+    expected = []
+    for t, old in zip(drawn, before, strict=True):
+        new = {"step": old["step"] + np.float32(1)}
+        if old["param"].size:
+            names = ("param", "codes", "absmax")
+            updated = reference.update_8bit_tensorwise(
+                old["param"], old["grad"], old["codes"], old["absmax"], QMAP, k, t.scale
+            )
+            new.update(zip(names, updated, strict=True))
+        expected.append(new)
+    scratch = [guarded(np.full(1, np.nan, np.float32)) for _ in drawn]
+    cpu_kernels.update_8bit_tensorwise(
+        dtype,
+        *table(drawn, "param", "grad", "codes", "absmax"),
+        addresses(scratch),
+        sizes_of(drawn),
+        *table(drawn, "step"),
+        scales_of(drawn),
+        np.array(k, np.float32),
+        threads,
+    )
+    check(drawn, before, expected)
+    for t, new_absmax in zip(drawn, scratch, strict=True):
+        assert_same_bits(new_absmax.array, t.absmax.array, what="new_absmax")
+        new_absmax.check()
+
+
+@pytest.mark.parametrize("update", ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"])
+def test_step_without_a_counter(update: str) -> None:
+    size = 300
+    param, grad, state = (guarded(np.ones(size, np.float32)) for _ in range(3))
+    codes, absmax, new_absmax = (guarded((2,), np.float32) for _ in range(3))
+    codes = guarded(np.full(size, 127, np.uint8))
+    states = {"update_32bit": [state], "update_8bit_blockwise": [codes, absmax]}.get(
+        update, [codes, absmax, new_absmax]
+    )
+    k = reference.coefficients(0.5, (0.9, 0.99), 0.0)
+    getattr(cpu_kernels, update)(
+        "float32",
+        *(addresses([buffer]) for buffer in (param, grad, *states)),
+        np.array([size], np.int64),
+        np.zeros(1, np.int64),
+        np.ones(1, np.float32),
+        np.array(k, np.float32),
+        1,
+    )
+    assert_same_bits(param.array, np.full(size, 0.5, np.float32))
+
+
+@given(st.data(), strategies.dtypes(), THREADS)
+def test_squared_norm(data: st.DataObject, dtype: str, threads: int) -> None:
+    sizes = data.draw(st.lists(strategies.sizes(9000), min_size=1, max_size=3))
+    # Over 32 chunks, the totals take part.
+    sizes.append(data.draw(st.sampled_from([0, 32 * 4096, 33 * 4096 + 1])))
+    grads = [
+        guarded(data.draw(strategies.floats(dtype, size)), offset_bytes=data.draw(strategies.offsets(dtype)))
+        for size in sizes
+    ]
+    norms = cpu_kernels.squared_norm(dtype, addresses(grads), np.array(sizes, np.int64), threads)
+    assert_same_bits(norms, np.array([reference.squared_norm(grad.array) for grad in grads], np.float32))
+
+
+@given(st.data(), strategies.dtypes(), st.integers(1, 99), THREADS)
+def test_percentile_clipping(data: st.DataObject, dtype: str, percentile: int, threads: int) -> None:
+    sizes = data.draw(st.lists(strategies.sizes(5000), min_size=1, max_size=3))
+    first = data.draw(st.sampled_from([0, 1, 97, 99, 100, 1000]))
+    history = data.draw(st.sampled_from(["empty", "recorded", "any"]))
+    made = {
+        "empty": lambda: np.zeros(100, np.float32),
+        "recorded": lambda: np.random.default_rng(first).random(100, np.float32),
+        "any": lambda: data.draw(strategies.floats("float32", 100)),
+    }[history]
+    gnorm_vecs = [guarded(made()) for _ in sizes]
+    steps = [guarded(np.array([first], np.float32)) for _ in sizes]
+    for _ in range(3):
+        grads = [guarded(data.draw(strategies.floats(dtype, size))) for size in sizes]
+        expected = []
+        with np.errstate(all="ignore"):
+            for grad, vec, step in zip(grads, gnorm_vecs, steps, strict=True):
+                norm = reference.squared_norm(grad.array)
+                new, _, _, scale = reference.percentile_clipping(vec.array, norm, int(step.array[0]) + 1, percentile)
+                expected.append((new, scale))
+        scales = guarded((len(sizes),), np.float32)
+        cpu_kernels.percentile_clipping(
+            dtype,
+            addresses(grads),
+            np.array(sizes, np.int64),
+            addresses(gnorm_vecs),
+            addresses(steps),
+            scales.array,
+            percentile,
+            threads,
+        )
+        assert_same_bits(scales.array, np.array([scale for _, scale in expected], np.float32), what="scales")
+        scales.check()
+        for vec, step, (new, _) in zip(gnorm_vecs, steps, expected, strict=True):
+            assert_same_bits(vec.array, new, what="gnorm_vec")
+            vec.check()
+            step.array[0] += 1
+
+
+def maps() -> st.SearchStrategy[npt.NDArray[np.float32]]:
+    random = strategies.seeds().map(
+        lambda seed: np.sort(np.random.default_rng(seed).uniform(-1, 1, 256).astype(np.float32))
+    )
+    few = strategies.seeds().map(
+        lambda seed: np.sort(np.random.default_rng(seed).choice(np.float32([-1, -0.5, 0, 1e-3, 1]), 256))
+    )
+    return st.sampled_from([QMAP, reference.create_dynamic_map(signed=False)]) | random | few
+
+
+@given(st.data(), strategies.dtypes(), st.sampled_from([1, 64, 100, 256, 4096, 10**6]), maps(), THREADS)
+def test_quantize_and_dequantize_blockwise(
+    data: st.DataObject, dtype: str, block_size: int, qmap: npt.NDArray[np.float32], threads: int
+) -> None:
+    size = data.draw(strategies.sizes())
+    offset = data.draw(strategies.offsets(dtype))
+    values = guarded(data.draw(strategies.floats(dtype, size)), offset_bytes=offset)
+    old = values.array.copy()
+    codes = guarded((size,), np.uint8, offset_bytes=data.draw(st.integers(0, 63)))
+    absmax = guarded((-(-size // block_size),), np.float32, offset_bytes=data.draw(strategies.offsets("float32")))
+    places = [buffer.array.ctypes.data for buffer in (values, codes, absmax)]
+    cpu_kernels.quantize_blockwise(dtype, *places, size, qmap, block_size, threads)
+    expected_codes, expected_absmax = reference.quantize_blockwise(old, qmap, block_size)
+    assert_same_bits(absmax.array, expected_absmax, what="absmax", block_size=block_size)
+    assert_same_bits(codes.array, expected_codes, what="codes", block_size=block_size)
+    assert_same_bits(values.array, old, what="values")
+    cpu_kernels.dequantize_blockwise(dtype, *places[1:], places[0], size, qmap, block_size, threads)
+    with np.errstate(all="ignore"):
+        expected = reference.dequantize_blockwise(expected_codes, expected_absmax, qmap, block_size).astype(old.dtype)
+    assert_same_bits(values.array, expected, what="dequantized", block_size=block_size)
+    for buffer in (values, codes, absmax):
+        buffer.check()
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+def test_dequantize_every_code(dtype: str) -> None:
+    absmax = np.concatenate([2.0 ** np.arange(-149.0, 128.0), [0.0, np.nan, np.inf, 3.4028235e38, 0.1]]).astype(
+        np.float32
+    )
+    codes = np.tile(np.arange(256, dtype=np.uint8), absmax.size)
+    values = guarded((codes.size,), strategies.FLOAT_DTYPES[dtype])
+    cpu_kernels.dequantize_blockwise(
+        dtype, codes.ctypes.data, absmax.ctypes.data, values.array.ctypes.data, codes.size, QMAP, 256, 1
+    )
+    with np.errstate(all="ignore"):
+        expected = reference.dequantize_blockwise(codes, absmax, QMAP, 256).astype(values.array.dtype)
+    assert_same_bits(values.array, expected)
+
+
+def around(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return float32 values and their neighbours within two."""
+    order = values.view(np.int32)
+    order = (order ^ ((order >> 31) & 0x7FFFFFFF))[:, None] + np.arange(-2, 3)
+    order = order.reshape(-1).astype(np.int32)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32)
+
+
+@pytest.mark.parametrize("update", ["update_8bit_blockwise", "update_8bit_tensorwise"])
+def test_codes_at_thresholds(update: str) -> None:
+    """With beta2 = 0 and absmax 1, the new momentum is the gradient and its own quotient."""
+    buckets = (np.arange(0, 0x3F800000, 1 << 17, dtype=np.int64)).astype(np.int32).view(np.float32)
+    x = np.concatenate([around(THRESHOLDS), around(QMAP), around(buckets[1:]), around(-buckets[1:])])
+    x = x[np.abs(x) <= 1]
+    x = np.pad(x, (0, -x.size % 255)).reshape(-1, 255)
+    grad = np.concatenate([np.ones((len(x), 1), np.float32), x], axis=1).reshape(-1)
+    param, codes = np.zeros_like(grad), np.full(grad.size, 127, np.uint8)
+    absmax = np.zeros(len(x) if update == "update_8bit_blockwise" else 1, np.float32)
+    new_absmax = [] if update == "update_8bit_blockwise" else [np.zeros(1, np.float32)]
+    getattr(cpu_kernels, update)(
+        "float32",
+        *(np.array([array.ctypes.data], np.int64) for array in (param, grad, codes, absmax, *new_absmax)),
+        np.array([grad.size], np.int64),
+        np.zeros(1, np.int64),
+        np.ones(1, np.float32),
+        np.array(reference.coefficients(1e-4, (0.0, 0.0), 0.0), np.float32),
+        1,
+    )
+    assert_same_bits(absmax, np.ones_like(absmax))
+    assert_same_bits(codes, np.searchsorted(THRESHOLDS, grad, side="left").astype(np.uint8))
+
+
+def test_flush_to_zero_of_the_caller_changes_nothing() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        param, grad, momentum = (strategies.make_floats("denormal", "float32", 1000, seed) for seed in range(3))
+        k = reference.coefficients(1e-40, (0.9, 0.99), 0.1)
+        result = [param.copy(), momentum.copy()]
+        places = (np.array([array.ctypes.data], np.int64) for array in (result[0], grad, result[1]))
+        size, one = np.array([1000], np.int64), np.ones(1, np.float32)
+        cpu_kernels.update_32bit("float32", *places, size, np.zeros(1, np.int64), one, np.array(k, np.float32), 1)
+        assert np.float32(1e-39) * np.float32(0.5) == 0, "the caller's mode is kept"
+    finally:
+        torch.set_flush_denormal(False)
+    expected = reference.update_32bit(param, grad, momentum, k)
+    assert_same_bits(result[0], expected[0])
+    assert_same_bits(result[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: cpu_kernels.squared_norm("float64", *[np.zeros(1, np.int64)] * 2, 1), "Invalid dtype: 'float64'"),
+        (lambda: cpu_kernels.squared_norm("float32", *[np.zeros(1, np.int64)] * 2, 0), "Invalid threads: 0"),
+        (lambda: cpu_kernels.quantize_blockwise("float32", 0, 0, 0, 0, QMAP, 0, 1), "Invalid block_size: 0"),
+        (lambda: cpu_kernels.dequantize_blockwise("float32", 0, 0, 0, 0, QMAP[::-1], 64, 1), "Invalid qmap"),
+        (
+            lambda: cpu_kernels.percentile_clipping(
+                "float32", *[np.zeros(1, np.int64)] * 4, np.ones(1, np.float32), 100, 1
+            ),
+            "Invalid percentile: 100",
+        ),
+    ],
+)
+def test_invalid_arguments(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
