@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.device import by_dtype, inlined, kernel, load, store
+from cpu_kernels.device import FLOATS, INTEGER, TABLE, by_dtype, inlined, kernel, load, store
 from cpu_kernels.pool import Int64Array, enter, leave, pull, run
 from reference.clipping import CHUNK, CHUNK_LANES, HISTORY, TOTAL_LANES
 
@@ -32,7 +33,7 @@ def squared_norm(dtype: str, grads: Int64Array, sizes: Int64Array, threads: int)
     partials = np.empty(int(np.maximum(-(-sizes // CHUNK), 1).sum()), np.float32)
     run(_partials_kernel(dtype), threads, sizes.sum(), grads, sizes, partials)
     norms = np.empty(sizes.size, np.float32)
-    run(_totals, threads, 0, sizes, partials, norms)
+    run(_totals_kernel(), threads, 0, sizes, partials, norms)
     return norms
 
 
@@ -64,7 +65,7 @@ def percentile_clipping(
     if not 1 <= percentile < HISTORY:
         raise ValueError(f"Invalid percentile: {percentile}; 1 to 99 is allowed")
     norms = squared_norm(dtype, grads, sizes, threads)
-    run(_clip, threads, 0, norms, gnorm_vecs, steps, scales, percentile)
+    run(_clip_kernel(), threads, 0, norms, gnorm_vecs, steps, scales, percentile)
 
 
 @inlined
@@ -80,7 +81,7 @@ def add_pairs(lanes: Any) -> Any:
 
 @by_dtype
 def _partials_kernel(dtype: str) -> Any:
-    @kernel
+    @kernel(dtype, TABLE, TABLE, FLOATS)
     def partial_sums(control, grads, sizes, partials):  # type: ignore[no-untyped-def]
         lanes = np.empty(CHUNK_LANES, np.float32)
         mode = enter(control)
@@ -100,43 +101,51 @@ def _partials_kernel(dtype: str) -> Any:
     return partial_sums
 
 
-@kernel
-def _totals(control, sizes, partials, norms):  # type: ignore[no-untyped-def]
-    lanes = np.empty(TOTAL_LANES, np.float64)
-    mode = enter(control)
-    first = 0
-    for tensor in range(sizes.size):
-        count = max(1, (sizes[tensor] + CHUNK - 1) // CHUNK)
-        lanes[:] = 0.0
-        for i in range(count):
-            lanes[i % TOTAL_LANES] += np.float64(partials[first + i])
-        norms[tensor] = np.float32(add_pairs(lanes))
-        first += count
-    leave(control, mode)
+@functools.cache
+def _totals_kernel() -> Any:
+    @kernel("", TABLE, FLOATS, FLOATS)
+    def totals(control, sizes, partials, norms):  # type: ignore[no-untyped-def]
+        lanes = np.empty(TOTAL_LANES, np.float64)
+        mode = enter(control)
+        first = 0
+        for tensor in range(sizes.size):
+            count = max(1, (sizes[tensor] + CHUNK - 1) // CHUNK)
+            lanes[:] = 0.0
+            for i in range(count):
+                lanes[i % TOTAL_LANES] += np.float64(partials[first + i])
+            norms[tensor] = np.float32(add_pairs(lanes))
+            first += count
+        leave(control, mode)
+
+    return totals
 
 
-@kernel
-def _clip(control, norms, gnorm_vecs, steps, scales, percentile):  # type: ignore[no-untyped-def]
-    history = np.empty(HISTORY, np.float32)
-    mode = enter(control)
-    for tensor in range(norms.size):
-        squared, gnorm_vec = norms[tensor], gnorm_vecs[tensor]
-        scales[tensor] = np.float32(1.0)
-        if squared > np.float32(0.0) and squared < np.float32(np.inf):
-            empty = True
-            for i in range(HISTORY):
-                history[i] = load("float32", gnorm_vec, i)
-                empty &= history[i] == np.float32(0.0)
-            if empty:
-                history[:] = squared
+@functools.cache
+def _clip_kernel() -> Any:
+    @kernel("", FLOATS, TABLE, TABLE, FLOATS, INTEGER)
+    def clip(control, norms, gnorm_vecs, steps, scales, percentile):  # type: ignore[no-untyped-def]
+        history = np.empty(HISTORY, np.float32)
+        mode = enter(control)
+        for tensor in range(norms.size):
+            squared, gnorm_vec = norms[tensor], gnorm_vecs[tensor]
+            scales[tensor] = np.float32(1.0)
+            if squared > np.float32(0.0) and squared < np.float32(np.inf):
+                empty = True
                 for i in range(HISTORY):
-                    store("float32", gnorm_vec, i, squared)
-            else:
-                place = (np.int64(load("float32", steps[tensor], 0)) + 1) % HISTORY
-                history[place] = squared
-                store("float32", gnorm_vec, place, squared)
-            history.sort()
-            norm, threshold = np.sqrt(squared), np.sqrt(history[percentile])
-            if norm > threshold:
-                scales[tensor] = threshold / norm
-    leave(control, mode)
+                    history[i] = load("float32", gnorm_vec, i)
+                    empty &= history[i] == np.float32(0.0)
+                if empty:
+                    history[:] = squared
+                    for i in range(HISTORY):
+                        store("float32", gnorm_vec, i, squared)
+                else:
+                    place = (np.int64(load("float32", steps[tensor], 0)) + 1) % HISTORY
+                    history[place] = squared
+                    store("float32", gnorm_vec, place, squared)
+                history.sort()
+                norm, threshold = np.sqrt(squared), np.sqrt(history[percentile])
+                if norm > threshold:
+                    scales[tensor] = threshold / norm
+        leave(control, mode)
+
+    return clip

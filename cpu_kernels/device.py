@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llvmlite
+import llvmlite.binding
 import numba
 from llvmlite import ir
 from numba import types
@@ -20,6 +22,7 @@ from numba.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
+TABLE, FLOATS, INTEGER = types.int64[::1], types.float32[::1], types.int64
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, "uint8": I8}
 MACHINE = platform.machine().lower()
@@ -31,22 +34,39 @@ DEFAULT_FLOAT_MODE = 0x1F80 if X86 else 0
 inlined = numba.njit(nogil=True, error_model="numpy")
 
 
-def kernel(function: Callable[..., None]) -> Any:
-    """Compile a kernel at its first call, without the GIL, and keep the machine code on disk.
+def kernel(dtype: str, *arguments: types.Type) -> Callable[[Callable[..., None]], Any]:
+    """Return a decorator that compiles a kernel, to run without the GIL, or loads it from the disk.
 
-    Numba notices a change of the kernel's own file only, so the cached code goes by the content of all sources.
+    A cached kernel has a file name of its own for the content of all sources, the dtype and the processor: Numba
+    itself would see changes of one file only, and processes that fill its cache at once may mix up kernels that
+    share a name.
 
     Args:
-        function: The kernel; its closure may hold strings only.
-
-    Returns:
-        The Numba dispatcher.
+        dtype: The string in the kernel's closure, if any.
+        arguments: Numba types of the kernel's arguments, without the control block, which comes first.
     """
-    function.__qualname__ += "_" + _sources()
-    try:
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # no folder for the cache can be written
-        return numba.njit(nogil=True, error_model="numpy")(function)
+
+    def compiled(function: Callable[..., None]) -> Any:
+        function.__qualname__ += f"_{dtype}_{_fingerprint()}"
+        jit = functools.partial(numba.njit, types.void(TABLE, *arguments), nogil=True, error_model="numpy")
+        try:
+            return jit(cache=True)(function)
+        except RuntimeError:  # there is no folder that can be written
+            return jit()(function)
+
+    return compiled
+
+
+@functools.cache
+def _fingerprint() -> str:
+    features = llvmlite.binding.get_host_cpu_features().flatten()
+    machine = f"{llvmlite.binding.get_host_cpu_name()} {features} {numba.__version__} {llvmlite.__version__}"
+    digest = hashlib.sha256(machine.encode())
+    root = Path(__file__).resolve().parent.parent
+    for package in ("cpu_kernels", "reference"):
+        for path in sorted((root / package).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def by_dtype(make: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -59,16 +79,6 @@ def by_dtype(make: Callable[[str], Any]) -> Callable[[str], Any]:
         return make(dtype)
 
     return made
-
-
-@functools.cache
-def _sources() -> str:
-    digest = hashlib.sha256()
-    root = Path(__file__).resolve().parent.parent
-    for package in ("cpu_kernels", "reference"):
-        for path in sorted((root / package).glob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, item: ir.Type) -> ir.Value:

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels.device import (
+    FLOATS,
+    TABLE,
     atomic_max_bits,
     bits_to_float,
     by_dtype,
@@ -150,7 +152,7 @@ def count_step(address: int) -> None:
 
 @by_dtype
 def _update_32bit_kernel(dtype: str) -> Any:
-    @kernel
+    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
     def update(control, params, grads, momentums, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
         mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
@@ -173,7 +175,7 @@ def _update_32bit_kernel(dtype: str) -> Any:
 
 @by_dtype
 def _update_8bit_kernel(dtype: str) -> Any:
-    @kernel
+    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
     def update(control, params, grads, codes, absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
         momentum = np.empty(BLOCK_SIZE, np.float32)
         block = momentum.ctypes.data
@@ -218,12 +220,12 @@ def _update_8bit_kernel(dtype: str) -> Any:
 
 @by_dtype
 def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
-    @kernel
+    @kernel(dtype, TABLE)
     def reset(control, new_absmax):  # type: ignore[no-untyped-def]
         for tensor in range(new_absmax.size):
             store("float32", new_absmax[tensor], 0, np.float32(0.0))
 
-    @kernel
+    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
     def move(control, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
         mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
@@ -246,7 +248,7 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
         leave(control, mode)
 
     # The new momentum is computed a second time, because there is nowhere to keep it.
-    @kernel
+    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
     def requantize(control, grads, codes, absmax, new_absmax, sizes, scales, k):  # type: ignore[no-untyped-def]
         mode = enter(control)
         beta2, one_minus_beta2 = k[4], k[5]
@@ -268,7 +270,7 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
         leave(control, mode)
 
-    @kernel
+    @kernel(dtype, TABLE, TABLE, TABLE)
     def finish(control, absmax, new_absmax, sizes):  # type: ignore[no-untyped-def]
         for tensor in range(sizes.size):
             if sizes[tensor] > 0:

@@ -5,6 +5,7 @@ The caller takes part and leaves last, so a worker never touches memory after th
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
@@ -44,11 +45,12 @@ def run(function: Any, threads: int, elements: int, *args: Any) -> None:
     if threads == 1 or elements <= SMALL:
         function(control, *args)
         return
+    close = _close_kernel()
     try:
         _pool.submit(threads - 1, function, control, *args)
         function(control, *args)
     finally:
-        _close(control)
+        close(control)
 
 
 class _Pool:
@@ -61,8 +63,6 @@ class _Pool:
 
     def submit(self, count: int, *job: Any) -> None:
         with self.lock:
-            if self.workers == 0:
-                _close(np.zeros(CONTROL_SIZE, np.int64))  # compiled before anyone depends on it
             while self.workers < count:
                 try:
                     threading.Thread(target=_work, args=(self.jobs,), name="lion-worker", daemon=True).start()
@@ -138,8 +138,12 @@ def pull(control: Int64Array, sizes: Int64Array, chunk_size: int, tensor: int, f
     return tensor, first, 0, 0
 
 
-@kernel
-def _close(control: Int64Array) -> None:
-    atomic_add(control.ctypes.data + 8 * NEXT, CLOSED)
-    while atomic_add(control.ctypes.data + 8 * ACTIVE, 0) != 0:
-        pause()
+@functools.cache
+def _close_kernel() -> Any:
+    @kernel("")
+    def close(control):  # type: ignore[no-untyped-def]
+        atomic_add(control.ctypes.data + 8 * NEXT, CLOSED)
+        while atomic_add(control.ctypes.data + 8 * ACTIVE, 0) != 0:
+            pause()
+
+    return close

@@ -7,7 +7,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.device import bits_to_float, by_dtype, float_to_bits, inlined, kernel, load, store
+from cpu_kernels.device import (
+    FLOATS,
+    INTEGER,
+    TABLE,
+    bits_to_float,
+    by_dtype,
+    float_to_bits,
+    inlined,
+    kernel,
+    load,
+    store,
+)
 from cpu_kernels.pool import enter, leave, pull, run
 from reference import create_dynamic_map, quantize_thresholds
 
@@ -102,7 +113,7 @@ def quantize_blockwise(
     Raises:
         ValueError: If the map, the block size or the number of threads is invalid.
     """
-    thresholds = quantize_thresholds(qmap).astype(np.float32, copy=False)
+    thresholds = quantize_thresholds(qmap)
     chunk_size = _chunk_size(block_size)
     sizes = np.array([size], np.int64)
     run(_quantize_kernel(dtype), threads, size, values, codes, absmax, sizes, thresholds, block_size, chunk_size)
@@ -134,6 +145,7 @@ def dequantize_blockwise(
         ValueError: If the map, the block size or the number of threads is invalid.
     """
     quantize_thresholds(qmap)  # refuses what is no map
+    qmap = qmap.copy()  # contiguous and writable, as the kernel's signature says
     chunk_size = _chunk_size(block_size)
     sizes = np.array([size], np.int64)
     run(_dequantize_kernel(dtype), threads, size, codes, absmax, values, sizes, qmap, block_size, chunk_size)
@@ -147,7 +159,7 @@ def _chunk_size(block_size: int) -> int:
 
 @by_dtype
 def _quantize_kernel(dtype: str) -> Any:
-    @kernel
+    @kernel(dtype, INTEGER, INTEGER, INTEGER, TABLE, FLOATS, INTEGER, INTEGER)
     def quantize(control, values, codes, absmax, sizes, thresholds, block_size, chunk_size):  # type: ignore[no-untyped-def]
         mode = enter(control)
         zero_code = threshold_code(np.float32(0.0), thresholds)
@@ -176,7 +188,7 @@ def _quantize_kernel(dtype: str) -> Any:
 
 @by_dtype
 def _dequantize_kernel(dtype: str) -> Any:
-    @kernel
+    @kernel(dtype, INTEGER, INTEGER, INTEGER, TABLE, FLOATS, INTEGER, INTEGER)
     def dequantize(control, codes, absmax, values, sizes, qmap, block_size, chunk_size):  # type: ignore[no-untyped-def]
         mode = enter(control)
         tensor, first, begin, end = pull(control, sizes, chunk_size, 0, 0)
