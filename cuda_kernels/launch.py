@@ -116,7 +116,7 @@ def _stream(device: int, handle: int) -> Any:
 def _launch(name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int) -> None:
     dispatcher, resident = _compiled(name, dtype, device)
     grid = max(1, min(blocks, resident))
-    if _simulated():
+    if simulated():
         import numpy as np
 
         with warnings.catch_warnings():
@@ -127,7 +127,8 @@ def _launch(name: str, dtype: str | None, device: int, stream: int, blocks: int,
 
 
 @functools.cache
-def _simulated() -> bool:
+def simulated() -> bool:
+    """Return whether Numba's simulator takes the GPU's place."""
     from numba import config
 
     return bool(config.ENABLE_CUDASIM)
@@ -139,7 +140,7 @@ def resident_blocks(device: int) -> int:
     from numba import cuda
 
     require()
-    return SIMULATED_BLOCKS if _simulated() else 4 * cuda.gpus[device].MULTIPROCESSOR_COUNT
+    return SIMULATED_BLOCKS if simulated() else 4 * cuda.gpus[device].MULTIPROCESSOR_COUNT
 
 
 def update_32bit(dtype: str, table: int, items: int, device: int, stream: int) -> None:

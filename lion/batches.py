@@ -57,6 +57,8 @@ class Batch:
         self._contiguous = all(map(_is_contiguous, params))
         self.operands: list[Tensor] = params
         self.gradients: Sequence[Tensor] = ()
+        # The CUDA backend's.
+        self.device_memory: Any = None
 
     def refresh(self, grads: Sequence[Tensor]) -> None:
         """Take this step's gradients, and contiguous copies of the tensors that need one.

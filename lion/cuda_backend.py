@@ -1,0 +1,206 @@
+"""CUDA tensors, through :mod:`cuda_kernels`; in Numba's simulator, CPU tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+import reference
+from cuda_kernels import launch
+from cuda_kernels.clipping import CHUNK
+from cuda_kernels.quantization import lookup_table
+from cuda_kernels.table import BLOCK_SIZE, table, work_list
+from lion.backends import DTYPES, StepCoefficients
+from lion.batches import SIZE, Batch
+from lion.options import Kind
+
+Int64Array = npt.NDArray[np.int64]
+
+_NO_COEFFICIENTS = np.zeros(6, np.float32)
+
+
+class CudaBackend:
+    """CUDA tensors: nothing here waits for the device, and a step can be captured in a CUDA graph.
+
+    Args:
+        simulated: Whether it serves CPU tensors by Numba's simulator.
+
+    Raises:
+        RuntimeError: If CUDA kernels cannot be compiled or launched here, saying what to install.
+    """
+
+    def __init__(self, simulated: bool) -> None:
+        launch.require()
+        if simulated != launch.simulated():
+            raise RuntimeError(
+                "The backend 'cuda' serves CPU tensors where NUMBA_ENABLE_CUDASIM=1 is in the environment, "
+                "and CUDA tensors where it is not"
+            )
+        self._captured: list[_Memory] = []
+
+    def update(self, batch: Batch, step: StepCoefficients) -> None:
+        memory: _Memory | None = batch.device_memory
+        if memory is None:
+            memory = batch.device_memory = _Memory(batch.table[SIZE], batch.device, batch.percentile < 100)
+        dtype = DTYPES[batch.dtype]
+        with _on(batch.device) as place:
+            if _is_capturing(batch.device):
+                # A replayed graph reads this memory for as long as the process may live.
+                self._captured.append(memory)
+            memory.refresh(batch, step)
+            if batch.percentile < 100:
+                launch.percentile_clipping(dtype, *memory.norm_arguments, *place)
+            if batch.kind is Kind.FLOAT32:
+                launch.update_32bit(dtype, *memory.update_arguments, *place)
+            elif batch.kind is Kind.BLOCKWISE:
+                launch.update_8bit_blockwise(dtype, *memory.update_arguments, *place)
+            else:
+                launch.update_8bit_tensorwise(dtype, *memory.update_arguments, len(batch.params), *place)
+
+    def quantize_blockwise(self, values: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> None:
+        thresholds = _upload(reference.quantize_thresholds(qmap.cpu().numpy()), values.device)
+        addresses = (t.data_ptr() for t in (values, codes, absmax))
+        with _on(values.device) as place:
+            launch.quantize_blockwise(
+                DTYPES[values.dtype], *addresses, values.numel(), thresholds.data_ptr(), block_size, *place
+            )
+
+    def dequantize_blockwise(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, qmap: Tensor, block_size: int
+    ) -> None:
+        addresses = (t.data_ptr() for t in (codes, absmax, values))
+        with _on(values.device) as place:
+            launch.dequantize_blockwise(
+                DTYPES[values.dtype], *addresses, values.numel(), qmap.data_ptr(), block_size, *place
+            )
+
+    def squared_norm(self, grad: Tensor) -> Tensor:
+        memory = _Memory(np.array([grad.numel()]), grad.device, True)
+        memory.write(_NO_COEFFICIENTS, grads=np.array([grad.data_ptr()]))
+        with _on(grad.device) as place:
+            launch.squared_norm(DTYPES[grad.dtype], *memory.norm_arguments, *place)
+        return memory.scales[0]
+
+    def percentile_clipping(self, grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> Tensor:
+        before = torch.full((1,), step - 1, dtype=torch.float32, device=grad.device)
+        memory = _Memory(np.array([grad.numel()]), grad.device, True)
+        grads, histories, steps = np.array([[t.data_ptr()] for t in (grad, gnorm_vec, before)])
+        memory.write(_NO_COEFFICIENTS, grads=grads, gnorm_vecs=histories, steps=steps, percentile=percentile)
+        with _on(grad.device) as place:
+            launch.percentile_clipping(DTYPES[grad.dtype], *memory.norm_arguments, *place)
+        return memory.scales[0]
+
+
+class _Memory:
+    """The device memory that launches over a set of tensors need besides the tensors.
+
+    The table of the norms lies behind that of the updates, so that one copy brings both.
+    """
+
+    def __init__(self, sizes: Int64Array, device: torch.device, clipped: bool) -> None:
+        self.sizes = sizes
+        self.device = device
+        resident = launch.resident_blocks(device.index or 0)
+        works = [work_list(sizes, BLOCK_SIZE, resident)]
+        if clipped:
+            works.append(work_list(sizes, CHUNK, resident))
+        self.works = [_upload(work, device) for work in works]
+        self.scales = torch.ones(len(sizes) if clipped else 0, dtype=torch.float32, device=device)
+        partials = -(-sizes // CHUNK) if clipped else sizes * 0
+        self.partials = torch.empty(int(partials.sum()), dtype=torch.float32, device=device)
+        self._partial_addresses = self.partials.data_ptr() + 4 * (np.cumsum(partials) - partials)
+        self._scale_addresses = self.scales.data_ptr() + 4 * np.arange(len(sizes)) if clipped else 0
+        self._words: Int64Array | None = None
+        self._hosts: list[Tensor] = []
+        length = len(table(_NO_COEFFICIENTS, sizes, work=0, items=0))
+        self.tables = torch.empty((len(works), length), dtype=torch.int64, device=device)
+        self._lr = torch.empty((), dtype=torch.float64, device=device)
+
+    @property
+    def update_arguments(self) -> tuple[int, int]:
+        return self.tables[0].data_ptr(), len(self.works[0])
+
+    @property
+    def norm_arguments(self) -> tuple[int, int, int]:
+        return self.tables[1].data_ptr(), len(self.works[1]), len(self.sizes)
+
+    def refresh(self, batch: Batch, step: StepCoefficients) -> None:
+        """Bring a batch's addresses and coefficients to the device where they changed."""
+        params, grads, states, absmax, new_absmax, _, steps, histories = batch.table
+        self.write(
+            np.array(step.values),
+            params=params,
+            grads=grads,
+            states=states,
+            absmax=absmax,
+            new_absmax=new_absmax,
+            steps=steps,
+            gnorm_vecs=histories,
+            percentile=batch.percentile,
+        )
+        if step.device_lr is not None:
+            coefficients = self.tables[0].view(torch.float32)
+            # float64 as in reference.coefficients; adding 0.0 drops the sign of -0.0.
+            coefficients[0].copy_(self._lr.copy_(step.device_lr.reshape(())).add_(0.0))
+            coefficients[1].copy_(self._lr.mul_(-step.weight_decay).add_(1.0))
+
+    def write(self, k: npt.NDArray[np.float32], **columns: Any) -> None:
+        """Write the tables, unless the device has them already."""
+        words = np.stack(
+            [
+                table(
+                    k,
+                    self.sizes,
+                    work=work.data_ptr(),
+                    items=len(work),
+                    scales=self._scale_addresses,
+                    partials=self._partial_addresses,
+                    lookup=_lookup(self.device).data_ptr(),
+                    **columns,
+                )
+                for work in self.works
+            ]
+        )
+        # After a capture the device may hold what a replay has written.
+        if not self._hosts and self._words is not None and np.array_equal(words, self._words):
+            return
+        self._words = words
+        if self.device.type == "cpu":
+            self.tables.copy_(torch.from_numpy(words))
+            return
+        host = torch.empty(words.shape, dtype=torch.int64, pin_memory=True)
+        host.numpy()[...] = words
+        self.tables.copy_(host, non_blocking=True)
+        if _is_capturing(self.device):
+            # Every replay copies from it again.
+            self._hosts.append(host)
+
+
+def _upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device, copy=True)
+
+
+@lru_cache
+def _lookup(device: torch.device) -> Tensor:
+    return _upload(lookup_table().view(np.int32), device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[tuple[int, int]]:
+    """Make a device current and give its index and the handle of torch's current stream there."""
+    if device.type == "cpu":
+        yield 0, 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
