@@ -138,6 +138,23 @@ def _round_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return builder.trunc(builder.select(nan, I32(0x7FC0), rounded), I16)
 
 
+@intrinsic(prefer_literal=True)
+def stack_floats(typingctx, count):  # type: ignore[no-untyped-def]
+    """stack_floats(count): the address of so many float32 on the stack, on a cache line of their own.
+
+    An array would not do: Numba frees it after its last use, and does not see the uses of its address.
+    """
+    items = count.literal_value
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        with builder.goto_entry_block():
+            block = builder.alloca(ir.ArrayType(FLOAT, items))
+            block.align = 64
+        return builder.ptrtoint(block, I64)
+
+    return types.int64(count), codegen
+
+
 @intrinsic
 def float_to_bits(typingctx, value):  # type: ignore[no-untyped-def]
     """float_to_bits(value): the bits of a float32 as uint32."""

@@ -20,6 +20,7 @@ from cpu_kernels.device import (
     inlined,
     kernel,
     load,
+    stack_floats,
     store,
 )
 from cpu_kernels.pool import Int64Array, enter, leave, pull, run
@@ -177,8 +178,7 @@ def _update_32bit_kernel(dtype: str) -> Any:
 def _update_8bit_kernel(dtype: str) -> Any:
     @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
     def update(control, params, grads, codes, absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
-        momentum = np.empty(BLOCK_SIZE, np.float32)
-        block = momentum.ctypes.data
+        block = stack_floats(BLOCK_SIZE)
         mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
