@@ -1,0 +1,321 @@
+"""Train a small language model with several optimizers and compare them.
+
+A character-level transformer learns the sources of Python's standard library, or a text of yours, once with each
+optimizer, from the same initial weights and on the same batches. A table then shows the loss on held-out text, the
+bytes of optimizer state per parameter and the time of an optimizer step; a picture shows the loss curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import AdamW, Optimizer
+
+from lion.cli import UsageError, at_least, checked_device, device_name
+from lion.optimizers import Lion, Lion8bit, PagedLion8bit
+
+VOCABULARY = 256  # a character is a byte
+CONTEXT = 64
+BATCH = 16
+WIDTH = 192
+HEADS = 6
+LAYERS = 2
+WARMUP = 0.05
+MAX_CHARACTERS = 4_000_000
+HELD_OUT = 0.1
+HELD_OUT_BATCHES = 8
+EVALUATIONS = 20
+
+# Lion's steps all have the same size, so it wants a smaller learning rate than AdamW, and as much more weight decay.
+_LION = {"lr": 4e-4, "weight_decay": 0.5, "betas": (0.9, 0.99)}
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "AdamW": lambda params: AdamW(params, lr=2e-3, weight_decay=0.1, betas=(0.9, 0.99), fused=True),
+    "Lion": lambda params: Lion(params, **_LION),
+    "Lion8bit": lambda params: Lion8bit(params, **_LION),
+    "PagedLion8bit": lambda params: PagedLion8bit(params, **_LION),
+}
+
+
+class Result(NamedTuple):
+    """What training with one optimizer gave.
+
+    Attributes:
+        optimizer: Name of the optimizer.
+        curve: Pairs of step and held-out loss in nats per character.
+        state_bytes_per_parameter: Bytes of optimizer state, measured on the state's tensors.
+        milliseconds_per_step: Median time of a call of ``step``.
+    """
+
+    optimizer: str
+    curve: list[tuple[int, float]]
+    state_bytes_per_parameter: float
+    milliseconds_per_step: float
+
+    @property
+    def held_out_loss(self) -> float:
+        """The loss after the last step."""
+        return self.curve[-1][1]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("--steps", type=int, default=400, help="training steps with each optimizer (default: 400)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("lion-demo"), help="output folder (default: lion-demo)")
+    parser.add_argument(
+        "--optimizers",
+        default=",".join(OPTIMIZERS),
+        help="names separated by commas (default: all of %(default)s)",
+    )
+    parser.add_argument("--data", type=Path, help="text to learn (default: the sources of Python's standard library)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry the command out and return its exit code."""
+    at_least("--steps", options.steps, 1)
+    at_least("--seed", options.seed, 0)
+    names = _checked_names(options.optimizers)
+    device = checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    train, held_out = _split(_read(options.data))
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"Invalid --out: {options.out}; {error.strerror}") from None
+
+    batches = _batches(train, options.steps, torch.Generator().manual_seed(options.seed), device)
+    held_out_batches = _batches(held_out, HELD_OUT_BATCHES, torch.Generator().manual_seed(0), device)
+    messages = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=messages) as progress:
+        bars = [progress.add_task(f"{name:<13}", total=options.steps, loss="", start=False) for name in names]
+        results = []
+        for name, bar in zip(names, bars, strict=True):
+            progress.start_task(bar)
+
+            def show(step: int, loss: float, bar: Any = bar) -> None:
+                progress.update(bar, completed=step, loss=f"held-out loss {loss:.3f}")
+
+            torch.manual_seed(options.seed)
+            model = Transformer().to(device)
+            try:
+                results.append(_train(name, model, batches, held_out_batches, show))
+            except RuntimeError as error:
+                if device.type == "cpu":
+                    raise
+                raise UsageError(str(error)) from None
+
+    parameters = sum(p.numel() for p in model.parameters())
+    picture = _draw(results, options.out / "demo.png")
+    if options.json:
+        report = {
+            "device": device_name(device),
+            "parameters": parameters,
+            "steps": options.steps,
+            "seed": options.seed,
+            "results": [{**result._asdict(), "held_out_loss": result.held_out_loss} for result in results],
+        }
+        json.dump(report, sys.stdout, indent=2)
+        print()
+    else:
+        _print_table(results, f"{parameters:,} parameters, {options.steps} steps, {device_name(device)}")
+    if picture:
+        messages.print(f"Loss curves: {picture}", highlight=False, soft_wrap=True)
+    else:
+        messages.print('No picture was drawn: pip install "numba-lion\\[demo]" brings matplotlib.', highlight=False)
+    return 0
+
+
+class Transformer(nn.Module):
+    """A small causal transformer over bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
+        self.places = nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+        for p in (self.tokens.weight, self.places.weight):
+            nn.init.normal_(p, std=0.02)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Return the logits of each next character: (batch, context) -> (batch, context, VOCABULARY)."""
+        x = self.tokens(text) + self.places.weight[: text.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each on normalized input and added to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.feed_forward_norm = nn.LayerNorm(WIDTH)
+        self.feed_forward = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output: (batch, context, WIDTH) -> the same."""
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(self.attention_norm(x)).view(batch, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        # The other implementations of attention are not deterministic on a GPU.
+        with sdpa_kernel(SDPBackend.MATH):
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, WIDTH))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+def _train(
+    name: str, model: nn.Module, batches: Tensor, held_out: Tensor, show: Callable[[int, float], None]
+) -> Result:
+    optimizer = OPTIMIZERS[name](model.parameters())
+    steps = len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps))
+    curve = [(0, _held_out_loss(model, held_out))]
+    times = []
+    for step, batch in enumerate(batches, start=1):
+        _loss(model, batch).backward()
+        begin = _now(batch.device)
+        optimizer.step()
+        times.append(_now(batch.device) - begin)
+        schedule.step()
+        optimizer.zero_grad()
+        if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:
+            curve.append((step, _held_out_loss(model, held_out)))
+        show(step, curve[-1][1])
+    parameters = sum(p.numel() for p in model.parameters())
+    return Result(name, curve, _state_bytes(optimizer) / parameters, 1e3 * statistics.median(times))
+
+
+def _learning_rate_factor(step: int, steps: int) -> float:
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def _loss(model: nn.Module, batch: Tensor) -> Tensor:
+    text, following = batch[:, :-1], batch[:, 1:]
+    return F.cross_entropy(model(text).flatten(0, 1), following.flatten())
+
+
+@torch.no_grad()
+def _held_out_loss(model: nn.Module, batches: Tensor) -> float:
+    return torch.stack([_loss(model, batch) for batch in batches]).mean().item()
+
+
+def _state_bytes(optimizer: Optimizer) -> int:
+    """Return the bytes of all state tensors, those that several parameters share counted once."""
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _read(path: Path | None) -> bytes:
+    if path is None:
+        modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        return b"".join(module.read_bytes() for module in modules)[:MAX_CHARACTERS]
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"Invalid --data: {path}; {error.strerror}") from None
+
+
+def _split(text: bytes) -> tuple[Tensor, Tensor]:
+    """Return training and held-out text; the latter from the end of each of ten parts, so that both are alike."""
+    characters = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+    train, held_out = [], []
+    for part in characters.tensor_split(10):
+        end = round(len(part) * (1 - HELD_OUT))
+        train.append(part[:end])
+        held_out.append(part[end:])
+    parts = torch.cat(train), torch.cat(held_out)
+    if len(parts[1]) <= CONTEXT:
+        raise UsageError(
+            f"Invalid --data: {len(text)} characters; at least {math.ceil((CONTEXT + 10) / HELD_OUT)} are needed"
+        )
+    return parts
+
+
+def _batches(text: Tensor, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Return batches of random pieces of a text: int64 of shape (count, BATCH, CONTEXT + 1)."""
+    begins = torch.randint(len(text) - CONTEXT, (count, BATCH, 1), generator=generator)
+    return text[begins + torch.arange(CONTEXT + 1)].long().to(device)
+
+
+def _checked_names(given: str) -> list[str]:
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in OPTIMIZERS:
+            raise UsageError(f"Invalid --optimizers: {name!r}; {', '.join(OPTIMIZERS)} are allowed")
+    return list(dict.fromkeys(names))
+
+
+def _print_table(results: list[Result], title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("Optimizer")
+    table.add_column("Held-out loss\n(nats per character)", justify="right")
+    table.add_column("Optimizer state\n(bytes per parameter)", justify="right")
+    table.add_column("Optimizer step\n(ms, median)", justify="right")
+    for result in results:
+        table.add_row(
+            result.optimizer,
+            f"{result.held_out_loss:.4f}",
+            f"{result.state_bytes_per_parameter:.3f}",
+            f"{result.milliseconds_per_step:.2f}",
+        )
+    Console().print(table)
+
+
+def _draw(results: list[Result], path: Path) -> Path | None:
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(2, 1))
+    for i, result in enumerate(results):
+        # Lion's curves coincide: the later ones are thinner, so that each stays visible.
+        curves.plot(*zip(*result.curve, strict=True), label=result.optimizer, linewidth=6 - 5 * i / len(results))
+        bar = bars.barh(result.optimizer, result.state_bytes_per_parameter)
+        bars.bar_label(bar, [f" {result.state_bytes_per_parameter:.2f}"])
+    curves.set(xlabel="step", ylabel="held-out loss (nats per character)", title="Same weights, same batches")
+    curves.legend()
+    bars.invert_yaxis()
+    bars.margins(x=0.15)
+    bars.set(xlabel="bytes per parameter", title="Optimizer state")
+    for axes in (curves, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UsageError(f"Invalid --out: {path}; {error.strerror}") from None
+    return path
