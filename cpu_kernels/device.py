@@ -24,7 +24,7 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 TABLE, FLOATS, INTEGER = types.int64[::1], types.float32[::1], types.int64
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
-MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, "uint8": I8}
+MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, "uint32": I32, "uint8": I8}
 MACHINE = platform.machine().lower()
 X86, ARM = MACHINE in ("x86_64", "amd64"), MACHINE in ("aarch64", "arm64")
 # Round to nearest even, keep denormals, raise nothing: the reset value of MXCSR or FPCR.
@@ -87,9 +87,9 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, item: ir
 
 @intrinsic(prefer_literal=True)
 def load(typingctx, dtype, address, index):  # type: ignore[no-untyped-def]
-    """load(dtype, address, index): the item as float32, or as uint32 for "uint8"."""
+    """load(dtype, address, index): the item as float32, or as uint32 for "uint32" and "uint8"."""
     name = dtype.literal_value
-    result = types.uint32 if name == "uint8" else types.float32
+    result = types.uint32 if name in ("uint32", "uint8") else types.float32
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         item = MEMORY_TYPES[name]
@@ -107,9 +107,9 @@ def load(typingctx, dtype, address, index):  # type: ignore[no-untyped-def]
 
 @intrinsic(prefer_literal=True)
 def store(typingctx, dtype, address, index, value):  # type: ignore[no-untyped-def]
-    """store(dtype, address, index, value): a float32 rounded to nearest even, or the low byte of a uint32."""
+    """store(dtype, address, index, value): a float32 rounded to nearest even, or a uint32 cut off."""
     name = dtype.literal_value
-    operand = types.uint32 if name == "uint8" else types.float32
+    operand = types.uint32 if name in ("uint32", "uint8") else types.float32
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         item, value = MEMORY_TYPES[name], args[3]
@@ -126,7 +126,7 @@ def store(typingctx, dtype, address, index, value):  # type: ignore[no-untyped-d
 
 
 def _size(item: ir.Type) -> int:
-    return {FLOAT: 4, HALF: 2, I16: 2, I8: 1}[item]
+    return {FLOAT: 4, I32: 4, HALF: 2, I16: 2, I8: 1}[item]
 
 
 def _round_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
@@ -139,8 +139,8 @@ def _round_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 
 @intrinsic(prefer_literal=True)
-def stack_floats(typingctx, count):  # type: ignore[no-untyped-def]
-    """stack_floats(count): the address of so many float32 on the stack, on a cache line of their own.
+def stack(typingctx, count):  # type: ignore[no-untyped-def]
+    """stack(count): the address of so many 4-byte items on the stack, on cache lines of their own.
 
     An array would not do: Numba frees it after its last use, and does not see the uses of its address.
     """
@@ -148,7 +148,7 @@ def stack_floats(typingctx, count):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         with builder.goto_entry_block():
-            block = builder.alloca(ir.ArrayType(FLOAT, items))
+            block = builder.alloca(ir.ArrayType(I32, items))
             block.align = 64
         return builder.ptrtoint(block, I64)
 

@@ -20,11 +20,11 @@ from cpu_kernels.device import (
     inlined,
     kernel,
     load,
-    stack_floats,
+    stack,
     store,
 )
 from cpu_kernels.pool import Int64Array, enter, leave, pull, run
-from cpu_kernels.quantization import CHUNK, MAGNITUDE, QMAP, ZERO_CODE, nearest_code, order, stored_absmax
+from cpu_kernels.quantization import CHUNK, MAGNITUDE, QMAP, quantize_block, stored_absmax
 from reference import BLOCK_SIZE
 
 Float32Array = npt.NDArray[np.float32]
@@ -178,7 +178,7 @@ def _update_32bit_kernel(dtype: str) -> Any:
 def _update_8bit_kernel(dtype: str) -> Any:
     @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
     def update(control, params, grads, codes, absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
-        block = stack_floats(BLOCK_SIZE)
+        block, entries = stack(BLOCK_SIZE), stack(BLOCK_SIZE)
         mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
@@ -202,15 +202,7 @@ def _update_8bit_kernel(dtype: str) -> Any:
                     maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
                 new = stored_absmax(maximum)
                 store("float32", absmax[tensor], begin // BLOCK_SIZE, new)
-                if new > np.float32(0.0):
-                    reciprocal = np.float32(1.0) / new
-                    for i in range(size):
-                        store("float32", block, i, order(load("float32", block, i) * reciprocal))
-                    for i in range(size):
-                        store("uint8", code, begin + i, nearest_code(load("float32", block, i)))
-                else:
-                    for i in range(size):
-                        store("uint8", code, begin + i, ZERO_CODE)
+                quantize_block(block, entries, size, new, code + begin)
                 begin += size
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
         leave(control, mode)
@@ -250,6 +242,7 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
     # The new momentum is computed a second time, because there is nowhere to keep it.
     @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
     def requantize(control, grads, codes, absmax, new_absmax, sizes, scales, k):  # type: ignore[no-untyped-def]
+        block, entries = stack(BLOCK_SIZE), stack(BLOCK_SIZE)
         mode = enter(control)
         beta2, one_minus_beta2 = k[4], k[5]
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
@@ -257,16 +250,13 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
             grad, code, scale = grads[tensor], codes[tensor], scales[tensor]
             old = load("float32", absmax[tensor], 0)
             new = stored_absmax(float_to_bits(load("float32", new_absmax[tensor], 0)))
-            if new > np.float32(0.0):
-                reciprocal = np.float32(1.0) / new
-                for i in range(begin, end):
-                    g = load(dtype, grad, i) * scale
-                    m = QMAP[load("uint8", code, i)] * old
-                    m = beta2 * m + one_minus_beta2 * g
-                    store("uint8", code, i, nearest_code(order(m * reciprocal)))
-            else:
-                for i in range(begin, end):
-                    store("uint8", code, i, ZERO_CODE)
+            while begin < end:
+                size = min(BLOCK_SIZE, end - begin)
+                for i in range(size):
+                    m = QMAP[load("uint8", code, begin + i)] * old
+                    store("float32", block, i, beta2 * m + one_minus_beta2 * (load(dtype, grad, begin + i) * scale))
+                quantize_block(block, entries, size, new, code + begin)
+                begin += size
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
         leave(control, mode)
 

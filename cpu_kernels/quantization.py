@@ -31,11 +31,11 @@ QMAP = create_dynamic_map()
 
 
 def _bucket_table() -> npt.NDArray[np.uint32]:
-    """Return the table of :func:`nearest_code`.
+    """Return the table that quantizes with one lookup.
 
-    A bucket is the 2**17 float32 that share their upper 15 bits, in ascending order of value; the 16384 buckets
-    cover (-2, 2). No bucket holds more than one threshold. Adding the order of a value, shifted left by 7, to its
-    bucket's entry gives the code in the upper 8 bits: the lower bits carry at the threshold.
+    A bucket is the 2**17 float32 that share their upper 15 bits once their bits are made to ascend; the 16384
+    buckets cover (-2, 2), and none holds more than one threshold. Those bits, shifted left by 7 and added to the
+    bucket's entry, give the code in the upper 8 bits: the lower bits carry at the threshold.
     """
     bits = quantize_thresholds(QMAP).view(np.int32)
     order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)
@@ -53,18 +53,35 @@ ZERO_CODE = np.uint32(127)
 
 
 @inlined
-def order(x: np.float32) -> np.float32:
-    """Return the bits of ``x`` made to ascend with its value as a signed integer, in the guise of a float32."""
-    bits = np.int32(float_to_bits(x))
-    return bits_to_float(np.uint32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+def quantize_block(block: int, entries: int, size: int, absmax: np.float32, codes: int) -> None:
+    """Write the codes of the dynamic map for a block scaled by a stored absmax.
 
+    The table is looked up in a loop of its own that stores to the stack only: that loop becomes gathers, or stays
+    scalar where gathers are slow, and the others vectorise either way.
 
-@inlined
-def nearest_code(order: np.float32) -> np.uint32:
-    """Return the code of the dynamic map nearest to the value of an order, in (-2, 2); ties go to the lower code."""
-    bits = float_to_bits(order)
-    entry = BUCKETS[np.uint32(np.int32(np.int32(bits) >> np.int32(17)) + np.int32(8192))]
-    return np.uint32(np.uint32(entry + np.uint32(bits << np.uint32(7))) >> np.uint32(24))
+    Args:
+        block: Address of the float32 values, on the stack; destroyed.
+        entries: Address of as many uint32 to work in, on the stack.
+        size: Element count.
+        absmax: The largest magnitude, or 0 or NaN, see :func:`stored_absmax`.
+        codes: Address of the codes to write.
+    """
+    if not absmax > np.float32(0.0):
+        for i in range(size):
+            store("uint8", codes, i, ZERO_CODE)
+        return
+    reciprocal = np.float32(1.0) / absmax
+    for i in range(size):
+        bits = np.int32(float_to_bits(load("float32", block, i) * reciprocal))
+        # Ascends with the value, as a signed integer.
+        order = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        store("uint32", block, i, np.uint32(order))
+        store("uint32", entries, i, np.uint32(np.int32(order >> np.int32(17)) + np.int32(8192)))
+    for i in range(size):
+        store("uint32", entries, i, BUCKETS[load("uint32", entries, i)])
+    for i in range(size):
+        shifted = np.uint32(load("uint32", block, i) << np.uint32(7))
+        store("uint8", codes, i, np.uint32(np.uint32(load("uint32", entries, i) + shifted) >> np.uint32(24)))
 
 
 @inlined
