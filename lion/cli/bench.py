@@ -1,3 +1,9 @@
 """stub"""
-def add_arguments(p): pass
-def run(o): return 0
+
+
+def add_arguments(p):
+    pass
+
+
+def run(o):
+    return 0

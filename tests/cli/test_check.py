@@ -1,0 +1,108 @@
+"""``python -m lion check`` and the overview."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cuda_kernels import launch
+from lion import functional
+from lion.__main__ import main
+from lion.cli import check
+
+SMALL = check.Extent((1, 257), 513, 2, (257,), 3, (64,))
+
+
+def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    for word in ("demo", "check", "bench", "numba-lion", "torch", "numba-cuda", "cpu"):
+        assert word in out
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["trian"])
+    assert exit.value.code == 2
+    captured = capsys.readouterr()
+    assert "invalid choice: 'trian'" in captured.err and captured.err.count("\n") == 1
+
+
+def test_cpu_passes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "FULL", SMALL)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["check", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] and report["difference"] is None
+    cells = {(r["feature"], r["dtype"]): r["values"] for r in report["results"]}
+    assert len(cells) == 3 * len(check.CHECKS) and min(cells.values()) > 0
+
+
+def test_first_difference_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = functional.quantize_blockwise
+
+    def one_wrong(*args: object, **kwargs: object) -> object:
+        codes, state = quantize(*args, **kwargs)
+        if codes.numel() == 321:
+            codes[300] ^= 1
+        return codes, state
+
+    monkeypatch.setattr(functional, "quantize_blockwise", one_wrong)
+    monkeypatch.setattr(check, "FULL", SMALL)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["check"]) == 1
+    captured = capsys.readouterr()
+    assert "✗" in captured.out
+    assert (
+        "cpu, functional.quantize_blockwise, float32: 321 elements in blocks of 64, signed map, codes: " in captured.err
+    )
+    assert "element 300 (block 4) is 0x" in captured.err and ", expected 0x" in captured.err
+    assert "1 of 321 differ" in captured.err
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan"), -0.0])
+def test_compare_sees_bits(wrong: float) -> None:
+    expected = np.array([0.0, np.nan, 1.0], np.float32)
+    actual = torch.tensor([0.0, -float("nan"), 1.0])
+    assert check._compare("x", actual, expected) == 3
+    actual[0] = wrong
+    with pytest.raises(check.Difference, match="x: element 0 .* expected 0x00000000"):
+        check._compare("x", actual, expected)
+
+
+def test_gpu_without_numba_cuda(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise RuntimeError("CUDA tensors need numba-cuda, which is not installed")
+
+    monkeypatch.setattr(launch, "require", missing)
+    monkeypatch.setattr(
+        check, "_targets", lambda simulator: [check.Target("gpu", torch.device("cpu"), SMALL, lambda: use_cuda())]
+    )
+
+    def use_cuda() -> object:
+        from lion import backends
+
+        backends._make.cache_clear()
+        return backends.use_backend("cuda")
+
+    assert main(["check"]) == 1
+    assert "CUDA tensors need numba-cuda, which is not installed" in capsys.readouterr().err
+
+
+def test_simulator_starts_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Finished:
+        returncode = 1
+
+    def start(command: list[str], env: dict[str, str]) -> Finished:
+        started.append((command[1:], env["NUMBA_ENABLE_CUDASIM"]))
+        return Finished()
+
+    monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
+    monkeypatch.setattr(check.subprocess, "run", start)
+    assert main(["check", "--simulator", "--json"]) == 1
+    assert started == [(["-m", "lion", "check", "--simulator", "--json"], "1")]

@@ -1,0 +1,106 @@
+"""``python -m lion demo`` with tiny settings, and what it says to a mistake."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lion.__main__ import main
+
+TINY = ["--steps", "3", "--device", "cpu"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text"
+    path.write_bytes(b"the cat sat on the mat. " * 100)
+    return str(path)
+
+
+def demo(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["demo", "--json", *TINY, *arguments]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return report
+
+
+def test_results(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
+    report = demo(capsys, "--data", text, "--out", str(tmp_path / "out"))
+    results = {result["optimizer"]: result for result in report["results"]}
+    assert list(results) == ["AdamW", "Lion", "Lion8bit", "PagedLion8bit"]
+    assert results["AdamW"]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
+    assert results["Lion"]["state_bytes_per_parameter"] == pytest.approx(4, abs=0.01)
+    for name in ("Lion8bit", "PagedLion8bit"):
+        assert 1 < results[name]["state_bytes_per_parameter"] < 1.1
+        assert results[name]["held_out_loss"] == pytest.approx(results["Lion"]["held_out_loss"], rel=0.02)
+    assert results["Lion8bit"]["curve"] == results["PagedLion8bit"]["curve"]
+    starts = {result["curve"][0][1] for result in results.values()}
+    assert len(starts) == 1
+    for result in results.values():
+        assert result["held_out_loss"] < result["curve"][0][1]
+        assert result["milliseconds_per_step"] > 0
+
+
+def test_seed_decides(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
+    def curve(seed: str) -> list[list[float]]:
+        fixed = ("--data", text, "--out", str(tmp_path), "--optimizers", "Lion8bit")
+        found: list[list[float]] = demo(capsys, *fixed, "--seed", seed)["results"][0]["curve"]
+        return found
+
+    assert curve("1") == curve("1") != curve("2")
+
+
+def test_table_and_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["demo", *TINY, "--data", text, "--out", str(tmp_path), "--optimizers", "Lion,AdamW"]) == 0
+    out = capsys.readouterr().out
+    assert "AdamW" in out and "Lion8bit" not in out
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["demo", *TINY, "--data", text, "--out", str(tmp_path), "--optimizers", "AdamW"]) == 0
+    captured = capsys.readouterr()
+    assert "AdamW" in captured.out
+    assert 'pip install "numba-lion[demo]"' in captured.err
+    assert not (tmp_path / "demo.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "Invalid --steps: 0; at least 1 is needed"),
+        (["--seed", "-1"], "Invalid --seed: -1; at least 0 is needed"),
+        (["--optimizers", "Lion,Adam"], "Invalid --optimizers: 'Adam'; AdamW, Lion, Lion8bit, PagedLion8bit"),
+        (["--data", "missing.txt"], "Invalid --data: missing.txt; No such file"),
+        (["--data", "."], "Invalid --data: .; Is a directory"),
+        (["--data", "empty"], "Invalid --data: 0 characters; at least"),
+        (["--out", "empty"], "Invalid --out: empty; File exists"),
+        (["--device", "tpu"], "Invalid --device: tpu; "),
+        (["--device", "meta"], "Invalid --device: meta; cpu and cuda devices are supported"),
+        (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    ],
+)
+def test_mistakes(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").touch()
+    try:
+        code = main(["demo", *arguments])
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert message in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
