@@ -184,7 +184,7 @@ def _load_twin(dtype: Any) -> Callable[[Any], Any]:
     size = np.dtype(dtype).itemsize
 
     def load(address: Any) -> Any:
-        return np.frombuffer((ctypes.c_char * size).from_address(int(address)), dtype)[0]
+        return np.frombuffer(ctypes.string_at(int(address), size), dtype)[0]
 
     return load
 
@@ -202,7 +202,7 @@ def _load_words_twin(count: int) -> Callable[[Any], Any]:
     def load(address: Any) -> Any:
         if address % (4 * count):
             raise ValueError(f"misaligned {32 * count}-bit load at {address:#x}")
-        return tuple(np.frombuffer((ctypes.c_char * (4 * count)).from_address(int(address)), np.uint32))
+        return tuple(np.frombuffer(ctypes.string_at(int(address), 4 * count), np.uint32))
 
     return load
 
@@ -440,7 +440,7 @@ def store_float(dtype: int, address: int, value: np.float32) -> None:
 
 @device
 def load_8(dtype: int, address: int, wide: bool, left: int, values: np.ndarray) -> None:
-    """Fill ``values`` with eight elements as float32: by 128-bit loads if ``wide``, else the ``left`` ones and zeros."""
+    """Fill ``values`` with eight elements as float32: by 128-bit loads if ``wide``, else with ``left`` and zeros."""
     if not wide:
         for j in range(8):
             values[j] = load_float(dtype, address + j * (4 if dtype == FLOAT32 else 2)) if j < left else np.float32(0)

@@ -82,7 +82,7 @@ def kernel(name: str, dtype: str | None) -> Any:
     from cuda_kernels.device import BFLOAT16, FLOAT16, FLOAT32
 
     codes = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
-    make = next(vars(module)[f"make_{name}"] for module in (lion, quantization, clipping) if f"make_{name}" in vars(module))
+    make = (vars(lion) | vars(quantization) | vars(clipping))[f"make_{name}"]
     function = make() if dtype is None else make(codes[dtype])
     # numba-cuda's disk cache names its files so; it would not notice a change in another module.
     function.__qualname__ = f"{name}_{dtype or 'any'}_{_version()}"

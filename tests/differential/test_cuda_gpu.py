@@ -1,0 +1,112 @@
+"""The CUDA kernels on this machine's GPU equal the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cuda_kernels import launch
+from tests import strategies
+from tests.differential import cuda_cases as cases
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+KINDS = ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"]
+GUARD_BYTES = 64
+
+many = settings(max_examples=100)
+
+
+class DeviceBuffer:
+    def __init__(self, values: cases.Array, offset_bytes: int) -> None:
+        self.dtype, self.shape = values.dtype, values.shape
+        self.begin = GUARD_BYTES + offset_bytes
+        self.end = self.begin + values.nbytes
+        filled = np.full(self.end + GUARD_BYTES, 0xA5, np.uint8)
+        filled[self.begin : self.end] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        self.tensor = torch.from_numpy(filled).cuda()
+        self.address = self.tensor.data_ptr() + self.begin
+
+    def read(self) -> cases.Array:
+        found = self.tensor.cpu().numpy()
+        assert (found[: self.begin] == 0xA5).all() and (found[self.end :] == 0xA5).all(), "bytes outside were written"
+        return found[self.begin : self.end].view(self.dtype).reshape(self.shape)
+
+
+class DeviceMemory:
+    @property
+    def resident_blocks(self) -> int:
+        return launch.resident_blocks(0)
+
+    def put(self, values: cases.Array, offset_bytes: int = 0) -> DeviceBuffer:
+        return DeviceBuffer(values, offset_bytes)
+
+
+MEMORY = DeviceMemory()
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@many
+@given(data=st.data(), hyper=strategies.hyperparameters(), scaled=st.booleans())
+def test_update(kind: str, dtype: str, data: st.DataObject, hyper: object, scaled: bool) -> None:
+    drawn = data.draw(cases.tensors(dtype, tensorwise=kind.endswith("tensorwise")))
+    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_update(kind: str, dtype: str) -> None:
+    """Enough work for every block of the grid to take several items."""
+    size = 5_000_003
+    blocks = 1 if kind == "update_8bit_tensorwise" else -(-size // 256)
+    tensor = {
+        "param": (strategies.make_floats("finite_bits", dtype, size, 1), 0),
+        "grad": (strategies.make_floats("gradients", dtype, size, 2), 0),
+        "momentum": (strategies.make_floats("gradients", "float32", size, 3), 0),
+        "codes": (strategies.make_codes(size, 4), 0),
+        "absmax": (np.abs(strategies.make_floats("gradients", "float32", blocks, 5)), 0),
+        "new_absmax": (np.zeros(1, np.float32), 0),
+        "step": (np.zeros(1, np.float32), 0),
+        "scale": (np.array([0.5], np.float32), 0),
+    }
+    cases.check_update(MEMORY, kind, dtype, [tensor], (1e-3, (0.9, 0.99), 0.1), True)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_codes_at_thresholds(kind: str) -> None:
+    cases.check_codes_at_thresholds(MEMORY, kind)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@many
+@given(data=st.data())
+def test_squared_norm(dtype: str, data: st.DataObject) -> None:
+    grads = data.draw(cases.gradients(dtype, 9000, largest=(0, 0, 33 * 4096 + 1, 300 * 4096, 5_000_003)))
+    cases.check_squared_norm(MEMORY, dtype, grads)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@many
+@given(
+    data=st.data(),
+    history=cases.histories(),
+    step=st.sampled_from([0, 1, 97, 98, 99, 100, 1000]),
+    percentile=st.integers(1, 99),
+)
+def test_percentile_clipping(
+    dtype: str, data: st.DataObject, history: cases.Array, step: int, percentile: int
+) -> None:
+    grads = data.draw(cases.gradients(dtype, 5000))
+    cases.check_percentile_clipping(MEMORY, dtype, grads, history, step, percentile)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@many
+@given(data=st.data(), block_size=st.sampled_from(cases.BLOCK_SIZES), qmap=cases.maps())
+def test_quantize_and_dequantize(dtype: str, data: st.DataObject, block_size: int, qmap: cases.Array) -> None:
+    values = data.draw(strategies.floats(dtype, data.draw(strategies.sizes())))
+    cases.check_quantize_and_dequantize(MEMORY, dtype, (values, data.draw(strategies.offsets(dtype))), block_size, qmap)
