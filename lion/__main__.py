@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lion.cli import UsageError, bench, check, demo, device_name
+from lion.cli import UsageError, bench, check, demo
 
 COMMANDS = {"demo": demo, "check": check, "bench": bench}
 DISTRIBUTIONS = ("numba-lion", "torch", "numba", "numba-cuda", "numpy")

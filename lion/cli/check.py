@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -79,6 +79,8 @@ class Difference(Exception):
 
 
 Check = Callable[[Target, torch.dtype], Iterator[int]]
+Gradients = Callable[[int, int], Array]
+Recipe = Callable[[np.random.Generator, int, torch.dtype], Array]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
         bar = progress.add_task("", total=len(targets) * len(CHECKS) * len(DTYPES))
         for target, feature, dtype in ((t, f, d) for t in targets for f in CHECKS for d in DTYPES):
             progress.update(bar, description=f"{target.name}, {feature}, {DTYPES[dtype]}")
-            result = {"device": target.name, "feature": feature, "dtype": DTYPES[dtype]}
+            result: dict[str, Any] = {"device": target.name, "feature": feature, "dtype": DTYPES[dtype]}
             results.append(result)
             begin = time.perf_counter()
             try:
@@ -261,7 +263,7 @@ def _ones(count: int, dtype: torch.dtype) -> Array:
 def _follow(
     target: Target,
     dtype: torch.dtype,
-    members: list[tuple[int, Callable[[int, int], Array]]],
+    members: Sequence[tuple[int, Gradients]],
     steps: int,
     **options: Any,
 ) -> Iterator[int]:
@@ -298,8 +300,12 @@ def _update(**options: Any) -> Check:
 
     def check(target: Target, dtype: torch.dtype) -> Iterator[int]:
         extent, rng = target.extent, np.random.default_rng(0)
-        recipes = [(n, recipe) for n in extent.sizes for recipe in _RECIPES] + [(extent.large, _normal)]
-        members = [(n, lambda step, n, recipe=recipe: recipe(rng, n, dtype)) for n, recipe in recipes]
+
+        def made_by(recipe: Recipe) -> Gradients:
+            return lambda step, n: recipe(rng, n, dtype)
+
+        members = [(n, made_by(recipe)) for n in extent.sizes for recipe in _RECIPES]
+        members.append((extent.large, made_by(_normal)))
         yield from _follow(target, dtype, members, extent.steps, **options)
 
     return check

@@ -44,9 +44,10 @@ HELD_OUT_BATCHES = 8
 EVALUATIONS = 20
 
 # Lion's steps all have the same size, so it wants a smaller learning rate than AdamW, and as much more weight decay.
-_LION = {"lr": 4e-4, "weight_decay": 0.5, "betas": (0.9, 0.99)}
+_ADAMW: dict[str, Any] = {"lr": 2e-3, "weight_decay": 0.1, "betas": (0.9, 0.99), "fused": True}
+_LION: dict[str, Any] = {"lr": 4e-4, "weight_decay": 0.5, "betas": (0.9, 0.99)}
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
-    "AdamW": lambda params: AdamW(params, lr=2e-3, weight_decay=0.1, betas=(0.9, 0.99), fused=True),
+    "AdamW": lambda params: AdamW(params, **_ADAMW),
     "Lion": lambda params: Lion(params, **_LION),
     "Lion8bit": lambda params: Lion8bit(params, **_LION),
     "PagedLion8bit": lambda params: PagedLion8bit(params, **_LION),
