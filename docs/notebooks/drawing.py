@@ -1,0 +1,138 @@
+"""How the notebooks draw: one look for figures and tables that follows the page's light or dark mode."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from IPython.display import HTML
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, VIOLET, GREY = "#3b86d1", "#e07b1a", "#2f9e5f", "#d6455a", "#8b6fd0", "#8a8a8a"
+
+# Text and lines are drawn in a colour that nothing else has, which becomes the page's text colour.
+INK = "#010203"
+
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, RED, VIOLET, GREY]),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "figure.constrained_layout.use": True,
+    "font.size": 10,
+    "grid.alpha": 0.25,
+    "grid.color": GREY,
+    "legend.frameon": False,
+    "svg.hashsalt": "numba-lion",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+matplotlib.rcParams.update(STYLE)
+
+
+def axes(
+    columns: int = 1, rows: int = 1, *, height: float = 3.0, share_x: bool = False, share_y: bool = False
+) -> tuple[Figure, Any]:
+    """Return a figure of the pages' width and its axes.
+
+    Args:
+        columns: Axes side by side (default: 1).
+        rows: Axes on top of one another (default: 1).
+        height: Height of a row in inches (default: 3).
+        share_x: Whether the axes share the scale of x (default: False).
+        share_y: Whether the axes share the scale of y (default: False).
+
+    Returns:
+        The figure, and one ``Axes`` or an array of them.
+    """
+    figure = Figure(figsize=(7.2, height * rows))
+    return figure, figure.subplots(rows, columns, sharex=share_x, sharey=share_y)
+
+
+def show(figure: Figure, alt: str) -> HTML:
+    """Return a figure as inline SVG in the text colour of the page.
+
+    Args:
+        figure: The figure.
+        alt: What is to be seen, for those who do not see it.
+    """
+    for ax in figure.axes:
+        _, labels = ax.get_legend_handles_labels()
+        if labels and ax.get_legend() is None:
+            ax.legend()
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
+    return HTML(f'<div class="figure-scroll">{svg}</div>')
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> HTML:
+    """Return a table; floats are shown with four significant digits.
+
+    Args:
+        header: Names of the columns.
+        rows: The rows, one value per column.
+    """
+
+    def cell(tag: str, value: Any) -> str:
+        text = f"{value:.4g}" if isinstance(value, (float, np.floating)) else str(value)
+        return f"<{tag}>{html.escape(text)}</{tag}>"
+
+    head = "".join(cell("th", name) for name in header)
+    body = "".join("<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows)
+    return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def grid_of_bits(ax: Axes, patterns: Sequence[int], names: Sequence[str], fields: Sequence[tuple[int, str]]) -> None:
+    """Draw bit patterns as rows of squares, filled where a bit is set.
+
+    Args:
+        ax: Where to draw.
+        patterns: The patterns, the most significant bit on the left.
+        names: A name for each row.
+        fields: Width in bits and colour of each field, from the left.
+    """
+    width = sum(bits for bits, _ in fields)
+    colours = [colour for bits, colour in fields for _ in range(bits)]
+    for row, (pattern, name) in enumerate(zip(patterns, names, strict=True)):
+        for i, colour in enumerate(colours):
+            is_set = pattern >> (width - 1 - i) & 1
+            ax.add_patch(
+                matplotlib.patches.Rectangle(
+                    (i + 0.06, -row - 0.44), 0.88, 0.88, facecolor=colour if is_set else "none", edgecolor=colour
+                )
+            )
+        ax.text(-0.3, -row, name, ha="right", va="center", color=INK, fontsize=9)
+    ax.set(xlim=(-0.2, width + 0.2), ylim=(-len(patterns) + 0.4, 0.6), aspect="equal")
+    ax.set_axis_off()
+
+
+def lanes(ax: Axes, elements: npt.NDArray[Any], title: str) -> None:
+    """Draw which lane of a warp touches which element: lanes on y, elements on x, one colour per load in time.
+
+    Args:
+        ax: Where to draw.
+        elements: int array of shape (loads, lanes): the first element that a lane touches with a load; negative where
+            it touches none.
+        title: Title of the drawing.
+    """
+    for load, row in enumerate(elements):
+        active = row >= 0
+        ax.plot(row[active], np.flatnonzero(active), ".", markersize=3, label=f"load {load + 1}")
+    ax.invert_yaxis()
+    ax.set(title=title, xlabel="element", ylabel="lane")
