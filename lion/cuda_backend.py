@@ -117,34 +117,37 @@ class _Memory:
         self.partials = torch.empty(int(partials.sum()), dtype=torch.float32, device=device)
         self._partial_addresses = self.partials.data_ptr() + 4 * (np.cumsum(partials) - partials)
         self._scale_addresses = self.scales.data_ptr() + 4 * np.arange(len(sizes)) if clipped else 0
-        self._words: Int64Array | None = None
-        self._hosts: list[Tensor] = []
         length = len(table(_NO_COEFFICIENTS, sizes, work=0, items=0))
         self.tables = torch.empty((len(works), length), dtype=torch.int64, device=device)
         self._lr = torch.empty((), dtype=torch.float64, device=device)
-
-    @property
-    def update_arguments(self) -> tuple[int, int]:
-        return self.tables[0].data_ptr(), len(self.works[0])
-
-    @property
-    def norm_arguments(self) -> tuple[int, int, int]:
-        return self.tables[1].data_ptr(), len(self.works[1]), len(self.sizes)
+        self._written: tuple[Int64Array, reference.Coefficients] | None = None
+        self._hosts: list[Tensor] = []
+        self.update_arguments = self.tables[0].data_ptr(), len(self.works[0])
+        self.norm_arguments = self.tables[-1].data_ptr(), len(self.works[-1]), len(sizes)
 
     def refresh(self, batch: Batch, step: StepCoefficients) -> None:
-        """Bring a batch's addresses and coefficients to the device where they changed."""
-        params, grads, states, absmax, new_absmax, _, steps, histories = batch.table
-        self.write(
-            np.array(step.values),
-            params=params,
-            grads=grads,
-            states=states,
-            absmax=absmax,
-            new_absmax=new_absmax,
-            steps=steps,
-            gnorm_vecs=histories,
-            percentile=batch.percentile,
-        )
+        """Bring a batch's addresses and coefficients to the device, unless they are there."""
+        # A graph copies at every replay; what the device holds after one is the graph's.
+        if (
+            self._hosts
+            or _is_capturing(self.device)
+            or self._written is None
+            or self._written[1] != step.values
+            or not np.array_equal(self._written[0], batch.table)
+        ):
+            params, grads, states, absmax, new_absmax, _, steps, histories = batch.table
+            self.write(
+                np.array(step.values),
+                params=params,
+                grads=grads,
+                states=states,
+                absmax=absmax,
+                new_absmax=new_absmax,
+                steps=steps,
+                gnorm_vecs=histories,
+                percentile=batch.percentile,
+            )
+            self._written = batch.table.copy(), step.values
         if step.device_lr is not None:
             coefficients = self.tables[0].view(torch.float32)
             # float64 as in reference.coefficients; adding 0.0 drops the sign of -0.0.
@@ -152,7 +155,7 @@ class _Memory:
             coefficients[1].copy_(self._lr.mul_(-step.weight_decay).add_(1.0))
 
     def write(self, k: npt.NDArray[np.float32], **columns: Any) -> None:
-        """Write the tables, unless the device has them already."""
+        """Write the tables."""
         words = np.stack(
             [
                 table(
@@ -168,10 +171,6 @@ class _Memory:
                 for work in self.works
             ]
         )
-        # After a capture the device may hold what a replay has written.
-        if not self._hosts and self._words is not None and np.array_equal(words, self._words):
-            return
-        self._words = words
         if self.device.type == "cpu":
             self.tables.copy_(torch.from_numpy(words))
             return
@@ -179,7 +178,6 @@ class _Memory:
         host.numpy()[...] = words
         self.tables.copy_(host, non_blocking=True)
         if _is_capturing(self.device):
-            # Every replay copies from it again.
             self._hosts.append(host)
 
 
