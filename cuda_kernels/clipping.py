@@ -9,6 +9,7 @@ from numba import cuda, float32, float64, int32
 
 from cuda_kernels.device import (
     FLOAT32,
+    WARPS,
     add,
     add_f64,
     as_signed,
@@ -17,6 +18,7 @@ from cuda_kernels.device import (
     div,
     load_8,
     load_f32,
+    load_float,
     load_i64,
     mul,
     ordered,
@@ -35,23 +37,6 @@ NAN_ORDER = np.int32(0x7FFFFFFF)
 INFINITY = np.float32(np.inf)
 
 
-@device
-def chunk_norm(dtype: int, wide: bool, grad: int, left: int, values: np.ndarray, lanes: np.ndarray) -> np.float32:
-    """Return the partial sum of a chunk; this lane's elements begin at ``grad``, ``left`` is counted from there."""
-    itemsize = 4 if dtype == FLOAT32 else 2
-    for j in range(8):
-        lanes[j] = np.float32(0)
-    for i in range(CHUNK // 256):
-        load_8(dtype, grad + i * 256 * itemsize, wide, left - i * 256, values)
-        for j in range(8):
-            lanes[j] = add(lanes[j], mul(values[j], values[j]))
-    first_half = add(add(lanes[0], lanes[1]), add(lanes[2], lanes[3]))
-    total = add(first_half, add(add(lanes[4], lanes[5]), add(lanes[6], lanes[7])))
-    for bit in range(5):
-        total = add(total, shuffle_xor(total, int32(1 << bit)))
-    return total
-
-
 def make_partial_norms(dtype: int) -> Callable[[int], None]:
     """Return the kernel that writes the partial sum of every chunk of 4096 elements: a warp per chunk."""
     itemsize = 4 if dtype == FLOAT32 else 2
@@ -59,22 +44,36 @@ def make_partial_norms(dtype: int) -> Callable[[int], None]:
     def partial_norms(table: int) -> None:
         values, lanes = cuda.local.array(8, float32), cuda.local.array(8, float32)
         items = load_i64(table + ITEMS)
-        lane, warp, warps = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockDim.x >> 5
+        lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
         item = cuda.blockIdx.x
         while item < items:
             row, first, end = read_item(table, item)
-            grad, size, partials = load_i64(row + GRAD), load_i64(row + SIZE), load_i64(row + PARTIALS)
-            wide_end = min(end, size // CHUNK) if grad & 15 == 0 else first
+            grads, size, partials = load_i64(row + GRAD), load_i64(row + SIZE), load_i64(row + PARTIALS)
             chunk = first + warp
             while chunk < end:
-                offset = chunk * CHUNK + lane * 8
-                if chunk < wide_end:
-                    total = chunk_norm(dtype, True, grad + offset * itemsize, size - offset, values, lanes)
-                else:
-                    total = chunk_norm(dtype, False, grad + offset * itemsize, size - offset, values, lanes)
+                i = chunk * CHUNK + lane * 8
+                chunk_end = min(chunk * CHUNK + CHUNK, size)
+                for j in range(8):
+                    lanes[j] = np.float32(0)
+                # Places past the end would add zeros, which change nothing.
+                if grads & 15 == 0:
+                    while i + 8 <= chunk_end:
+                        load_8(dtype, grads + i * itemsize, values)
+                        for j in range(8):
+                            lanes[j] = add(lanes[j], mul(values[j], values[j]))
+                        i += 256
+                while i < chunk_end:
+                    for j in range(8):
+                        value = load_float(dtype, grads + (i + j) * itemsize) if i + j < chunk_end else np.float32(0)
+                        lanes[j] = add(lanes[j], mul(value, value))
+                    i += 256
+                first_half = add(add(lanes[0], lanes[1]), add(lanes[2], lanes[3]))
+                total = add(first_half, add(add(lanes[4], lanes[5]), add(lanes[6], lanes[7])))
+                for bit in range(5):
+                    total = add(total, shuffle_xor(total, int32(1 << bit)))
                 if lane == 0:
                     store_f32(partials + chunk * 4, total)
-                chunk += warps
+                chunk += WARPS
             item += cuda.gridDim.x
 
     return partial_norms
@@ -110,14 +109,14 @@ def make_squared_norm() -> Callable[[int], None]:
     """Return the kernel that writes every tensor's squared norm to its ``scales`` address: a warp per tensor."""
 
     def squared_norm(table: int) -> None:
-        lane, warps = cuda.threadIdx.x & 31, cuda.blockDim.x >> 5
-        tensor = cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5)
+        lane = cuda.threadIdx.x & 31
+        tensor = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
         while tensor < load_i64(table + TENSORS):
             row = table + ROWS + tensor * ROW_BYTES
             norm = total_norm(load_i64(row + PARTIALS), (load_i64(row + SIZE) + (CHUNK - 1)) // CHUNK, lane)
             if lane == 0:
                 store_f32(load_i64(row + SCALE), norm)
-            tensor += cuda.gridDim.x * warps
+            tensor += cuda.gridDim.x * WARPS
 
     return squared_norm
 
@@ -176,13 +175,13 @@ def make_percentile_clipping() -> Callable[[int], None]:
 
     def percentile_clipping(table: int) -> None:
         percentile = load_i64(table + PERCENTILE)
-        lane, warps = cuda.threadIdx.x & 31, cuda.blockDim.x >> 5
-        tensor = cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5)
+        lane = cuda.threadIdx.x & 31
+        tensor = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
         while tensor < load_i64(table + TENSORS):
             row = table + ROWS + tensor * ROW_BYTES
             squared = total_norm(load_i64(row + PARTIALS), (load_i64(row + SIZE) + (CHUNK - 1)) // CHUNK, lane)
             step = np.int64(add(load_f32(load_i64(row + STEP)), np.float32(1)))
             clip(load_i64(row + GNORM_VEC), load_i64(row + SCALE), squared, step, percentile, lane)
-            tensor += cuda.gridDim.x * warps
+            tensor += cuda.gridDim.x * WARPS
 
     return percentile_clipping

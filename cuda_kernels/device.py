@@ -20,9 +20,14 @@ from numba.cuda import types
 from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
+from cuda_kernels import table
+
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+
+# The simulator is fastest with one warp in a block of threads.
+WARPS = 1 if SIMULATOR else table.WARPS
 
 _void, _u8, _u16, _u32 = types.void, types.uint8, types.uint16, types.uint32
 _i32, _i64, _f32, _f64 = types.int32, types.int64, types.float32, types.float64
@@ -139,6 +144,21 @@ def sqrt(builder: Any, a: Any) -> Any:
     return _call(builder, "llvm.nvvm.sqrt.rn.f", _FLOAT, a)
 
 
+def _abs_max_twin(a: Any, b: Any) -> Any:
+    return np.maximum(np.abs(np.float32(a)), np.abs(np.float32(b)))
+
+
+@_intrinsic(_f32(_f32, _f32), _abs_max_twin)
+def abs_max(builder: Any, a: Any, b: Any) -> Any:
+    """Return the greater magnitude, NaN if one is NaN."""
+    patterns = [builder.and_(builder.bitcast(x, _I32), ir.Constant(_I32, 0x7FFFFFFF)) for x in (a, b)]
+    if _has(_SM_80):
+        magnitudes = [builder.bitcast(pattern, _FLOAT) for pattern in patterns]
+        return _assembly(builder, "max.NaN.f32 $0, $1, $2;", _FLOAT, "=f,f,f", *magnitudes)
+    greater = builder.icmp_unsigned(">", *patterns)
+    return builder.bitcast(builder.select(greater, *patterns), _FLOAT)
+
+
 # Bits -----------------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +195,18 @@ def ordered(builder: Any, pattern: Any) -> Any:
     """Return an integer that is ordered, as an int32, like the float32 with these bits."""
     sign = builder.ashr(pattern, ir.Constant(_I32, 31))
     return builder.xor(pattern, builder.and_(sign, ir.Constant(_I32, 0x7FFFFFFF)))
+
+
+def _top_bytes_twin(*words: Any) -> Any:
+    return np.uint32(sum((int(word) >> 24) << (8 * i) for i, word in enumerate(words)))
+
+
+@_intrinsic(_u32(_u32, _u32, _u32, _u32), _top_bytes_twin)
+def top_bytes(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Return the uppermost bytes of four words, that of ``a`` lowest."""
+    low = _call(builder, "llvm.nvvm.prmt", _I32, a, b, ir.Constant(_I32, 0x0073))
+    high = _call(builder, "llvm.nvvm.prmt", _I32, c, d, ir.Constant(_I32, 0x0073))
+    return _call(builder, "llvm.nvvm.prmt", _I32, low, high, ir.Constant(_I32, 0x5410))
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -439,18 +471,13 @@ def store_float(dtype: int, address: int, value: np.float32) -> None:
 
 
 @device
-def load_8(dtype: int, address: int, wide: bool, left: int, values: np.ndarray) -> None:
-    """Fill ``values`` with eight elements as float32: by 128-bit loads if ``wide``, else with ``left`` and zeros."""
-    if not wide:
-        for j in range(8):
-            values[j] = load_float(dtype, address + j * (4 if dtype == FLOAT32 else 2)) if j < left else np.float32(0)
-    elif dtype == FLOAT32:
-        for half in range(2):
-            words = load_4_words(address + 16 * half)
-            values[4 * half] = from_bits(words[0])
-            values[4 * half + 1] = from_bits(words[1])
-            values[4 * half + 2] = from_bits(words[2])
-            values[4 * half + 3] = from_bits(words[3])
+def load_8(dtype: int, address: int, values: np.ndarray) -> None:
+    """Fill ``values`` with eight elements as float32, by 128-bit loads."""
+    if dtype == FLOAT32:
+        low, high = load_4_words(address), load_4_words(address + 16)
+        for i in range(4):
+            values[i] = from_bits(low[i])
+            values[i + 4] = from_bits(high[i])
     else:
         words = load_4_words(address)
         for i in range(4):
@@ -463,21 +490,11 @@ def load_8(dtype: int, address: int, wide: bool, left: int, values: np.ndarray) 
 
 
 @device
-def store_8(dtype: int, address: int, wide: bool, left: int, values: np.ndarray) -> None:
-    """Write eight float32, rounded to the dtype: by 128-bit stores if ``wide``, else the first ``left`` ones."""
-    if not wide:
-        for j in range(8):
-            if j < left:
-                store_float(dtype, address + j * (4 if dtype == FLOAT32 else 2), values[j])
-    elif dtype == FLOAT32:
-        for half in range(2):
-            store_4_words(
-                address + 16 * half,
-                bits(values[4 * half]),
-                bits(values[4 * half + 1]),
-                bits(values[4 * half + 2]),
-                bits(values[4 * half + 3]),
-            )
+def store_8(dtype: int, address: int, values: np.ndarray) -> None:
+    """Write eight float32, rounded to the dtype, by 128-bit stores."""
+    if dtype == FLOAT32:
+        store_4_words(address, bits(values[0]), bits(values[1]), bits(values[2]), bits(values[3]))
+        store_4_words(address + 16, bits(values[4]), bits(values[5]), bits(values[6]), bits(values[7]))
     elif dtype == FLOAT16:
         store_4_words(
             address,

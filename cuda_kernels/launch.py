@@ -26,8 +26,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-THREADS = 256
-SIMULATED_THREADS = 32
+from cuda_kernels.table import WARPS
+
 SIMULATED_BLOCKS = 2
 INSTALL = 'pip install "numba-lion[cu13]" (or "numba-lion[cu12]" for a driver of CUDA 12)'
 
@@ -100,7 +100,7 @@ def _compiled(name: str, dtype: str | None, device: int) -> tuple[Any, int]:
     if config.ENABLE_CUDASIM:
         return dispatcher, SIMULATED_BLOCKS
     compiled = dispatcher.compile((types.int64,) * function.__code__.co_argcount)
-    return dispatcher, compiled.max_cooperative_grid_blocks(THREADS)
+    return dispatcher, compiled.max_cooperative_grid_blocks(32 * WARPS)
 
 
 @functools.cache
@@ -121,9 +121,9 @@ def _launch(name: str, dtype: str | None, device: int, stream: int, blocks: int,
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            dispatcher[grid, SIMULATED_THREADS](*(np.int64(argument) for argument in arguments))
+            dispatcher[grid, 32](*(np.int64(argument) for argument in arguments))
     else:
-        dispatcher[grid, THREADS, _stream(device, stream)](*arguments)
+        dispatcher[grid, 32 * WARPS, _stream(device, stream)](*arguments)
 
 
 @functools.cache
@@ -172,7 +172,7 @@ def update_8bit_tensorwise(dtype: str, table: int, items: int, tensors: int, dev
         device: Index of the device.
         stream: Handle of the stream.
     """
-    few = -(-tensors // THREADS)
+    few = -(-tensors // (32 * WARPS))
     _launch("begin_tensorwise", None, device, stream, few, table)
     _launch("measure_tensorwise", dtype, device, stream, items, table)
     _launch("update_tensorwise", dtype, device, stream, items, table)
@@ -191,7 +191,7 @@ def squared_norm(dtype: str, table: int, items: int, tensors: int, device: int, 
         stream: Handle of the stream.
     """
     _launch("partial_norms", dtype, device, stream, items, table)
-    _launch("squared_norm", None, device, stream, -(-tensors // 8), table)
+    _launch("squared_norm", None, device, stream, -(-tensors // WARPS), table)
 
 
 def percentile_clipping(dtype: str, table: int, items: int, tensors: int, device: int, stream: int) -> None:
@@ -200,7 +200,7 @@ def percentile_clipping(dtype: str, table: int, items: int, tensors: int, device
     It precedes the update and takes the number of the step to be step + 1. Arguments as :func:`squared_norm`.
     """
     _launch("partial_norms", dtype, device, stream, items, table)
-    _launch("percentile_clipping", None, device, stream, -(-tensors // 8), table)
+    _launch("percentile_clipping", None, device, stream, -(-tensors // WARPS), table)
 
 
 def quantize_blockwise(
@@ -229,7 +229,7 @@ def quantize_blockwise(
     """
     warps = -(-size // block_size)
     _launch(
-        *("quantize_blockwise", dtype, device, stream, -(-warps // 8)),
+        *("quantize_blockwise", dtype, device, stream, -(-warps // WARPS)),
         *(values, codes, absmax, size, thresholds, block_size),
     )
 
@@ -259,5 +259,5 @@ def dequantize_blockwise(
         stream: Handle of the stream.
     """
     shift = block_size.bit_length() - 1
-    blocks = -(-size // THREADS)
+    blocks = -(-size // (32 * WARPS))
     _launch("dequantize_blockwise", dtype, device, stream, blocks, codes, absmax, values, size, qmap, shift)

@@ -1,8 +1,8 @@
 """The Lion update on the GPU, in place, with 32-bit and with 8-bit momentum.
 
 Every kernel takes the address of a table (see :mod:`cuda_kernels.table`). A block of threads takes work items in turn;
-within one, the warps take turns at its blocks of 256 elements, 8 consecutive ones a lane. Whole blocks of a tensor
-whose addresses allow it are moved by 128 bits, before the rest, which are moved element by element.
+within one, the warps take turns at its blocks of 256 elements. Whole blocks of a tensor whose addresses allow it go
+first, 8 consecutive elements a lane, moved by 128 bits; the rest is moved element by element.
 """
 
 from __future__ import annotations
@@ -15,31 +15,38 @@ from numba import cuda, float32, uint32
 
 from cuda_kernels.device import (
     FLOAT32,
+    WARPS,
+    abs_max,
     add,
     atomic_max_u32,
     bits,
     device,
     from_bits,
+    load_2_words,
     load_4_words,
     load_8,
     load_f32,
+    load_float,
     load_i64,
-    load_u32,
+    load_u8,
     mul,
+    store_2_words,
     store_8,
     store_f32,
-    store_u32,
+    store_float,
+    store_u8,
     sub,
-    warp_max_u32,
 )
 from cuda_kernels.quantization import (
     LOOKUP_WORDS,
     abs_max_8,
     code_factor,
+    dequantize,
     dequantize_8,
-    load_codes,
-    store_quantized,
+    quantize,
+    quantize_8,
     stored_absmax,
+    warp_max,
 )
 from cuda_kernels.table import (
     ABSMAX,
@@ -127,126 +134,158 @@ def end_of_wide(first: int, end: int, size: int, addresses: int) -> int:
 
 
 @device
-def step_8(k: Any, scale: np.float32, param: np.ndarray, grad: np.ndarray, momentum: np.ndarray) -> None:
-    """Update eight parameters and their momentum."""
+def step(k: Any, scale: np.float32, param: np.float32, grad: np.float32, momentum: np.float32) -> Any:
+    """Return a parameter and its momentum after one step."""
     lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k
-    for j in range(8):
-        g = mul(grad[j], scale)
-        param[j] = descend(param[j], blend(beta1, momentum[j], one_minus_beta1, g), lr, decay)
-        momentum[j] = blend(beta2, momentum[j], one_minus_beta2, g)
-
-
-@device
-def update_32bit_block(
-    dtype: int, wide: bool, k: Any, scale: np.float32, param: int, grad: int, momentum: int, size: int, offset: int
-) -> None:
-    """Update this lane's 8 elements, from ``offset`` on, of a block with float32 momentum."""
-    itemsize = 4 if dtype == FLOAT32 else 2
-    p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
-    load_8(dtype, param + offset * itemsize, wide, size - offset, p)
-    load_8(dtype, grad + offset * itemsize, wide, size - offset, g)
-    load_8(FLOAT32, momentum + offset * 4, wide, size - offset, m)
-    step_8(k, scale, p, g, m)
-    store_8(dtype, param + offset * itemsize, wide, size - offset, p)
-    store_8(FLOAT32, momentum + offset * 4, wide, size - offset, m)
+    g = mul(grad, scale)
+    c = blend(beta1, momentum, one_minus_beta1, g)
+    return descend(param, c, lr, decay), blend(beta2, momentum, one_minus_beta2, g)
 
 
 def make_update_32bit(dtype: int) -> Callable[[int], None]:
     """Return the kernel that updates parameters of a dtype and their float32 momentum."""
+    itemsize = 4 if dtype == FLOAT32 else 2
 
     def update_32bit(table: int) -> None:
+        p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
         k = read_coefficients(table)
         items = load_i64(table + ITEMS)
-        lane, warp, warps = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockDim.x >> 5
         item = cuda.blockIdx.x
         while item < items:
             row, first, end = read_item(table, item)
             if first == 0 and cuda.threadIdx.x == 0:
                 count_step(row)
-            param, grad, momentum = load_i64(row + PARAM), load_i64(row + GRAD), load_i64(row + STATE)
+            params, grads, momenta = load_i64(row + PARAM), load_i64(row + GRAD), load_i64(row + STATE)
             size, scale = load_i64(row + SIZE), read_scale(row)
-            wide_end = end_of_wide(first, end, size, param | grad | momentum)
-            block = first + warp
-            while block < wide_end:
-                update_32bit_block(dtype, True, k, scale, param, grad, momentum, size, block * 256 + lane * 8)
-                block += warps
-            while block < end:
-                update_32bit_block(dtype, False, k, scale, param, grad, momentum, size, block * 256 + lane * 8)
-                block += warps
+            wide_end = end_of_wide(first, end, size, params | grads | momenta)
+            i = first * 256 + cuda.threadIdx.x * 8
+            param, grad, momentum = params + i * itemsize, grads + i * itemsize, momenta + i * 4
+            while momentum < momenta + wide_end * (256 * 4):
+                load_8(dtype, param, p)
+                load_8(dtype, grad, g)
+                load_8(FLOAT32, momentum, m)
+                for j in range(8):
+                    p[j], m[j] = step(k, scale, p[j], g[j], m[j])
+                store_8(dtype, param, p)
+                store_8(FLOAT32, momentum, m)
+                param += WARPS * 256 * itemsize
+                grad += WARPS * 256 * itemsize
+                momentum += WARPS * 256 * 4
+            i = wide_end * 256 + cuda.threadIdx.x
+            while i < min(end * 256, size):
+                param, momentum = params + i * itemsize, momenta + i * 4
+                new_param, new_momentum = step(
+                    k, scale, load_float(dtype, param), load_float(dtype, grads + i * itemsize), load_f32(momentum)
+                )
+                store_float(dtype, param, new_param)
+                store_f32(momentum, new_momentum)
+                i += WARPS * 32
             item += cuda.gridDim.x
 
     return update_32bit
 
 
 @device
-def fill_lookup(address: int, lookup: np.ndarray, thread: int, threads: int) -> None:
+def fill_lookup(address: int, lookup: np.ndarray, thread: int) -> None:
     """Copy the lookup table from device to shared memory."""
     i = thread
     while i < LOOKUP_WORDS // 4:
         words = load_4_words(address + 16 * i)
         lookup[4 * i], lookup[4 * i + 1], lookup[4 * i + 2], lookup[4 * i + 3] = words
-        i += threads
+        i += WARPS * 32
 
 
 @device
-def update_8bit_block(
+def new_momentum(
+    dtype: int, k: Any, scale: np.float32, grad: int, code: int, absmax: np.float32, lookup: np.ndarray
+) -> np.float32:
+    """Return the momentum after one step of the element whose gradient and code lie at these addresses."""
+    g = mul(load_float(dtype, grad), scale)
+    return blend(k[4], dequantize(load_u8(code), absmax, lookup), k[5], g)
+
+
+@device
+def update_8bit_element(
     dtype: int,
-    wide: bool,
     k: Any,
     scale: np.float32,
-    lookup: np.ndarray,
     param: int,
     grad: int,
-    codes: int,
-    absmax: int,
-    size: int,
-    offset: int,
+    code: int,
+    absmax: np.float32,
+    maximum: np.float32,
+    factor: np.float32,
+    lookup: np.ndarray,
 ) -> None:
-    """Update this lane's 8 elements, from ``offset`` on, of a block of 256 with 8-bit momentum."""
-    itemsize = 4 if dtype == FLOAT32 else 2
-    left = size - offset
-    p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
-    load_8(dtype, param + offset * itemsize, wide, left, p)
-    load_8(dtype, grad + offset * itemsize, wide, left, g)
-    low, high = load_codes(codes + offset, wide, left)
-    dequantize_8(low, high, load_f32(absmax), lookup, m)
-    step_8(k, scale, p, g, m)
-    store_8(dtype, param + offset * itemsize, wide, left, p)
-    # Elements past the end are zeros here and change no maximum: a factor that is not finite, which would turn them
-    # into NaN, does so to every element of the block.
-    maximum = warp_max_u32(abs_max_8(m, uint32(0)))
-    if offset & 255 == 0:
-        store_f32(absmax, stored_absmax(maximum))
-    store_quantized(codes + offset, wide, left, m, maximum, code_factor(maximum), lookup)
+    """Update one element of a block whose new momentum has the greatest magnitude ``maximum``."""
+    momentum = dequantize(load_u8(code), absmax, lookup)
+    new_param, momentum = step(k, scale, load_float(dtype, param), load_float(dtype, grad), momentum)
+    store_float(dtype, param, new_param)
+    store_u8(code, quantize(momentum, maximum, factor, lookup))
 
 
 def make_update_8bit_blockwise(dtype: int) -> Callable[[int], None]:
     """Return the kernel that updates parameters of a dtype and their 8-bit momentum: a warp per block of 256."""
+    itemsize = 4 if dtype == FLOAT32 else 2
 
     def update_8bit_blockwise(table: int) -> None:
+        p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
         lookup = cuda.shared.array(LOOKUP_WORDS, uint32)
-        fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x, cuda.blockDim.x)
+        fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x)
         cuda.syncthreads()
         k = read_coefficients(table)
         items = load_i64(table + ITEMS)
-        lane, warp, warps = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockDim.x >> 5
+        lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
         item = cuda.blockIdx.x
         while item < items:
             row, first, end = read_item(table, item)
             if first == 0 and cuda.threadIdx.x == 0:
                 count_step(row)
-            param, grad, codes = load_i64(row + PARAM), load_i64(row + GRAD), load_i64(row + STATE)
-            absmax, size, scale = load_i64(row + ABSMAX), load_i64(row + SIZE), read_scale(row)
-            wide_end = end_of_wide(first, end, size, param | grad | codes << 1)
-            block = first + warp
-            while block < wide_end:
-                offset, place = block * 256 + lane * 8, absmax + block * 4
-                update_8bit_block(dtype, True, k, scale, lookup, param, grad, codes, place, size, offset)
-                block += warps
+            params, grads, codes = load_i64(row + PARAM), load_i64(row + GRAD), load_i64(row + STATE)
+            scales, size, scale = load_i64(row + ABSMAX), load_i64(row + SIZE), read_scale(row)
+            wide_end = end_of_wide(first, end, size, params | grads | codes << 1)
+            i = first * 256 + cuda.threadIdx.x * 8
+            param, grad, code = params + i * itemsize, grads + i * itemsize, codes + i
+            absmax = scales + (first + warp) * 4
+            while absmax < scales + wide_end * 4:
+                load_8(dtype, param, p)
+                load_8(dtype, grad, g)
+                low, high = load_2_words(code)
+                dequantize_8(low, high, load_f32(absmax), lookup, m)
+                for j in range(8):
+                    p[j], m[j] = step(k, scale, p[j], g[j], m[j])
+                store_8(dtype, param, p)
+                maximum = warp_max(abs_max_8(m, np.float32(0)))
+                if lane == 0:
+                    store_f32(absmax, stored_absmax(maximum))
+                low, high = quantize_8(m, maximum, code_factor(maximum), lookup)
+                store_2_words(code, low, high)
+                param += WARPS * 256 * itemsize
+                grad += WARPS * 256 * itemsize
+                code += WARPS * 256
+                absmax += WARPS * 4
+            block = wide_end + warp
             while block < end:
-                offset, place = block * 256 + lane * 8, absmax + block * 4
-                update_8bit_block(dtype, False, k, scale, lookup, param, grad, codes, place, size, offset)
-                block += warps
+                old_absmax = load_f32(scales + block * 4)
+                block_end = min(block * 256 + 256, size)
+                maximum = np.float32(0)
+                i = block * 256 + lane
+                while i < block_end:
+                    momentum = new_momentum(dtype, k, scale, grads + i * itemsize, codes + i, old_absmax, lookup)
+                    maximum = abs_max(maximum, momentum)
+                    i += 32
+                maximum = warp_max(maximum)
+                factor = code_factor(maximum)
+                i = block * 256 + lane
+                while i < block_end:
+                    param, grad = params + i * itemsize, grads + i * itemsize
+                    update_8bit_element(
+                        dtype, k, scale, param, grad, codes + i, old_absmax, maximum, factor, lookup
+                    )
+                    i += 32
+                if lane == 0:
+                    store_f32(scales + block * 4, stored_absmax(maximum))
+                block += WARPS
             item += cuda.gridDim.x
 
     return update_8bit_blockwise
@@ -256,167 +295,101 @@ def make_begin_tensorwise() -> Callable[[int], None]:
     """Return the kernel that counts the steps and clears what the maxima are gathered in: a thread per tensor."""
 
     def begin_tensorwise(table: int) -> None:
-        tensor = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+        tensor = cuda.blockIdx.x * (WARPS * 32) + cuda.threadIdx.x
         while tensor < load_i64(table + TENSORS):
             row = table + ROWS + tensor * ROW_BYTES
             count_step(row)
             if load_i64(row + SIZE) > 0:
-                store_u32(load_i64(row + NEW_ABSMAX), uint32(0))
-            tensor += cuda.gridDim.x * cuda.blockDim.x
+                store_f32(load_i64(row + NEW_ABSMAX), np.float32(0))
+            tensor += cuda.gridDim.x * (WARPS * 32)
 
     return begin_tensorwise
 
 
-@device
-def new_momentum_max(
-    dtype: int,
-    wide: bool,
-    k: Any,
-    scale: np.float32,
-    lookup: np.ndarray,
-    grad: int,
-    codes: int,
-    absmax: np.float32,
-    size: int,
-    offset: int,
-    maximum: np.uint32,
-) -> np.uint32:
-    """Return the bits of the greatest magnitude of the new momentum of 8 elements and ``maximum``."""
-    itemsize = 4 if dtype == FLOAT32 else 2
-    g, m = cuda.local.array(8, float32), cuda.local.array(8, float32)
-    load_8(dtype, grad + offset * itemsize, wide, size - offset, g)
-    low, high = load_codes(codes + offset, wide, size - offset)
-    dequantize_8(low, high, absmax, lookup, m)
-    for j in range(8):
-        m[j] = blend(k[4], m[j], k[5], mul(g[j], scale))
-    return abs_max_8(m, maximum)
-
-
 def make_measure_tensorwise(dtype: int) -> Callable[[int], None]:
     """Return the kernel that gathers the greatest magnitude of each tensor's new momentum in ``new_absmax``."""
+    itemsize = 4 if dtype == FLOAT32 else 2
 
     def measure_tensorwise(table: int) -> None:
+        g, m = cuda.local.array(8, float32), cuda.local.array(8, float32)
         lookup = cuda.shared.array(LOOKUP_WORDS, uint32)
-        fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x, cuda.blockDim.x)
+        fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x)
         cuda.syncthreads()
         k = read_coefficients(table)
         items = load_i64(table + ITEMS)
-        lane, warp, warps = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockDim.x >> 5
         item = cuda.blockIdx.x
         while item < items:
             row, first, end = read_item(table, item)
-            grad, codes = load_i64(row + GRAD), load_i64(row + STATE)
+            grads, codes = load_i64(row + GRAD), load_i64(row + STATE)
             size, scale = load_i64(row + SIZE), read_scale(row)
             if size > 0:
                 absmax = load_f32(load_i64(row + ABSMAX))
-                wide_end = end_of_wide(first, end, size, grad | codes << 1)
-                maximum = uint32(0)
-                block = first + warp
-                while block < wide_end:
-                    offset = block * 256 + lane * 8
-                    maximum = new_momentum_max(
-                        dtype, True, k, scale, lookup, grad, codes, absmax, size, offset, maximum
-                    )
-                    block += warps
-                while block < end:
-                    offset = block * 256 + lane * 8
-                    maximum = new_momentum_max(
-                        dtype, False, k, scale, lookup, grad, codes, absmax, size, offset, maximum
-                    )
-                    block += warps
-                maximum = warp_max_u32(maximum)
-                if lane == 0:
-                    atomic_max_u32(load_i64(row + NEW_ABSMAX), maximum)
+                wide_end = end_of_wide(first, end, size, grads | codes << 1)
+                maximum = np.float32(0)
+                i = first * 256 + cuda.threadIdx.x * 8
+                grad, code = grads + i * itemsize, codes + i
+                while code < codes + wide_end * 256:
+                    load_8(dtype, grad, g)
+                    low, high = load_2_words(code)
+                    dequantize_8(low, high, absmax, lookup, m)
+                    for j in range(8):
+                        m[j] = blend(k[4], m[j], k[5], mul(g[j], scale))
+                    maximum = abs_max_8(m, maximum)
+                    grad += WARPS * 256 * itemsize
+                    code += WARPS * 256
+                i = wide_end * 256 + cuda.threadIdx.x
+                while i < min(end * 256, size):
+                    momentum = new_momentum(dtype, k, scale, grads + i * itemsize, codes + i, absmax, lookup)
+                    maximum = abs_max(maximum, momentum)
+                    i += WARPS * 32
+                maximum = warp_max(maximum)
+                if cuda.threadIdx.x & 31 == 0:
+                    atomic_max_u32(load_i64(row + NEW_ABSMAX), bits(maximum))
             item += cuda.gridDim.x
 
     return measure_tensorwise
 
 
-@device
-def update_tensorwise_block(
-    dtype: int,
-    wide: bool,
-    k: Any,
-    scale: np.float32,
-    lookup: np.ndarray,
-    param: int,
-    grad: int,
-    codes: int,
-    absmax: np.float32,
-    maximum: np.uint32,
-    factor: np.float32,
-    size: int,
-    offset: int,
-) -> None:
-    """Update this lane's 8 elements, from ``offset`` on, of a tensor with one absmax."""
-    itemsize = 4 if dtype == FLOAT32 else 2
-    left = size - offset
-    p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
-    load_8(dtype, param + offset * itemsize, wide, left, p)
-    load_8(dtype, grad + offset * itemsize, wide, left, g)
-    low, high = load_codes(codes + offset, wide, left)
-    dequantize_8(low, high, absmax, lookup, m)
-    step_8(k, scale, p, g, m)
-    store_8(dtype, param + offset * itemsize, wide, left, p)
-    store_quantized(codes + offset, wide, left, m, maximum, factor, lookup)
-
-
 def make_update_tensorwise(dtype: int) -> Callable[[int], None]:
     """Return the kernel that updates parameters and codes once ``new_absmax`` holds the greatest magnitudes."""
+    itemsize = 4 if dtype == FLOAT32 else 2
 
     def update_tensorwise(table: int) -> None:
+        p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
         lookup = cuda.shared.array(LOOKUP_WORDS, uint32)
-        fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x, cuda.blockDim.x)
+        fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x)
         cuda.syncthreads()
         k = read_coefficients(table)
         items = load_i64(table + ITEMS)
-        lane, warp, warps = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockDim.x >> 5
         item = cuda.blockIdx.x
         while item < items:
             row, first, end = read_item(table, item)
-            param, grad, codes = load_i64(row + PARAM), load_i64(row + GRAD), load_i64(row + STATE)
+            params, grads, codes = load_i64(row + PARAM), load_i64(row + GRAD), load_i64(row + STATE)
             size, scale = load_i64(row + SIZE), read_scale(row)
             if size > 0:
-                absmax, maximum = load_f32(load_i64(row + ABSMAX)), load_u32(load_i64(row + NEW_ABSMAX))
+                absmax, maximum = load_f32(load_i64(row + ABSMAX)), load_f32(load_i64(row + NEW_ABSMAX))
                 factor = code_factor(maximum)
-                wide_end = end_of_wide(first, end, size, param | grad | codes << 1)
-                block = first + warp
-                while block < wide_end:
-                    offset = block * 256 + lane * 8
-                    update_tensorwise_block(
-                        dtype,
-                        True,
-                        k,
-                        scale,
-                        lookup,
-                        param,
-                        grad,
-                        codes,
-                        absmax,
-                        maximum,
-                        factor,
-                        size,
-                        offset,
-                    )
-                    block += warps
-                while block < end:
-                    offset = block * 256 + lane * 8
-                    update_tensorwise_block(
-                        dtype,
-                        False,
-                        k,
-                        scale,
-                        lookup,
-                        param,
-                        grad,
-                        codes,
-                        absmax,
-                        maximum,
-                        factor,
-                        size,
-                        offset,
-                    )
-                    block += warps
+                wide_end = end_of_wide(first, end, size, params | grads | codes << 1)
+                i = first * 256 + cuda.threadIdx.x * 8
+                param, grad, code = params + i * itemsize, grads + i * itemsize, codes + i
+                while code < codes + wide_end * 256:
+                    load_8(dtype, param, p)
+                    load_8(dtype, grad, g)
+                    low, high = load_2_words(code)
+                    dequantize_8(low, high, absmax, lookup, m)
+                    for j in range(8):
+                        p[j], m[j] = step(k, scale, p[j], g[j], m[j])
+                    store_8(dtype, param, p)
+                    low, high = quantize_8(m, maximum, factor, lookup)
+                    store_2_words(code, low, high)
+                    param += WARPS * 256 * itemsize
+                    grad += WARPS * 256 * itemsize
+                    code += WARPS * 256
+                i = wide_end * 256 + cuda.threadIdx.x
+                while i < min(end * 256, size):
+                    param, grad = params + i * itemsize, grads + i * itemsize
+                    update_8bit_element(dtype, k, scale, param, grad, codes + i, absmax, maximum, factor, lookup)
+                    i += WARPS * 32
             item += cuda.gridDim.x
 
     return update_tensorwise
@@ -426,14 +399,14 @@ def make_end_tensorwise() -> Callable[[int], None]:
     """Return the kernel that turns the gathered maxima into the new absmax: a thread per tensor."""
 
     def end_tensorwise(table: int) -> None:
-        tensor = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+        tensor = cuda.blockIdx.x * (WARPS * 32) + cuda.threadIdx.x
         while tensor < load_i64(table + TENSORS):
             row = table + ROWS + tensor * ROW_BYTES
             if load_i64(row + SIZE) > 0:
                 address = load_i64(row + NEW_ABSMAX)
-                absmax = stored_absmax(load_u32(address))
+                absmax = stored_absmax(load_f32(address))
                 store_f32(address, absmax)
                 store_f32(load_i64(row + ABSMAX), absmax)
-            tensor += cuda.gridDim.x * cuda.blockDim.x
+            tensor += cuda.gridDim.x * (WARPS * 32)
 
     return end_tensorwise

@@ -11,29 +11,28 @@ from numba import cuda, uint32
 
 from cuda_kernels.device import (
     FLOAT32,
+    WARPS,
+    abs_max,
     as_signed,
     bits,
     device,
     from_bits,
-    load_2_words,
     load_f32,
     load_float,
     load_u8,
     mul,
     ordered,
     reciprocal,
-    store_2_words,
     store_f32,
     store_float,
     store_u8,
+    top_bytes,
     warp_max_u32,
     wrapping_add,
 )
-from reference.quantization import create_dynamic_map, quantize_thresholds
+from reference.quantization import SMALLEST_NORMAL, create_dynamic_map, quantize_thresholds
 
-ABS_BITS = np.uint32(0x7FFFFFFF)
-INFINITY_BITS = np.uint32(0x7F800000)
-SMALLEST_NORMAL_BITS = np.uint32(0x00800000)
+INFINITY = np.float32(np.inf)
 NAN = np.float32(np.nan)
 ZERO_CODE = 127
 ZERO_CODES = np.uint32(0x7F7F7F7F)
@@ -42,6 +41,7 @@ ZERO_CODES = np.uint32(0x7F7F7F7F)
 # its ordered pattern, from the 18th on, number 1473 buckets of either sign; one more rounds the table up to whole
 # 128-bit loads. No bucket holds two thresholds. Values so small that the scaling rounds them lie below the smallest.
 BUCKET_SCALE = np.float32(2.0**-104)
+LARGEST_SCALED = np.float32(2.0**22)
 BUCKET_SHIFT = 17
 BUCKETS_EACH_SIGN = 1474
 MAP_WORDS = 256
@@ -72,91 +72,87 @@ def lookup_table() -> npt.NDArray[np.uint32]:
 
 
 @device
-def load_codes(address: int, wide: bool, left: int) -> Any:
-    """Return eight codes, four a word: by a 64-bit load if ``wide``, else the ``left`` ones and codes of 0."""
-    if wide:
-        return load_2_words(address)
-    low = uint32(0)
-    high = uint32(0)
-    for j in range(4):
-        low = uint32(low | uint32((load_u8(address + j) if j < left else uint32(ZERO_CODE)) << uint32(8 * j)))
-        high = uint32(high | uint32((load_u8(address + j + 4) if j + 4 < left else uint32(ZERO_CODE)) << uint32(8 * j)))
-    return low, high
-
-
-@device
-def store_codes(address: int, wide: bool, left: int, low: np.uint32, high: np.uint32) -> None:
-    """Write eight codes: by a 64-bit store if ``wide``, else the first ``left`` ones."""
-    if wide:
-        store_2_words(address, low, high)
-    else:
-        for j in range(4):
-            if j < left:
-                store_u8(address + j, uint32(low >> uint32(8 * j)))
-            if j + 4 < left:
-                store_u8(address + j + 4, uint32(high >> uint32(8 * j)))
+def dequantize(code: np.uint32, absmax: np.float32, lookup: np.ndarray) -> np.float32:
+    """Return the value of a code."""
+    return mul(from_bits(lookup[code]), absmax)
 
 
 @device
 def dequantize_8(low: np.uint32, high: np.uint32, absmax: np.float32, lookup: np.ndarray, values: np.ndarray) -> None:
     """Fill ``values`` with the values of eight codes."""
     for j in range(4):
-        values[j] = mul(from_bits(lookup[uint32(uint32(low >> uint32(8 * j)) & uint32(0xFF))]), absmax)
-        values[j + 4] = mul(from_bits(lookup[uint32(uint32(high >> uint32(8 * j)) & uint32(0xFF))]), absmax)
+        values[j] = dequantize(uint32(uint32(low >> uint32(8 * j)) & uint32(0xFF)), absmax, lookup)
+        values[j + 4] = dequantize(uint32(uint32(high >> uint32(8 * j)) & uint32(0xFF)), absmax, lookup)
 
 
 @device
-def quantize(value: np.float32, lookup: np.ndarray) -> np.uint32:
-    """Return the code of a value in [-1, 1]."""
-    pattern = ordered(bits(mul(value, BUCKET_SCALE)))
+def code_on_top(scaled: np.float32, lookup: np.ndarray) -> np.uint32:
+    """Return a word with the code of a value, given times ``BUCKET_SCALE``, in its upper 8 bits."""
+    pattern = ordered(bits(scaled))
     bucket = lookup[uint32(FIRST_BUCKET + (as_signed(pattern) >> BUCKET_SHIFT))]
-    return uint32(wrapping_add(bucket, uint32(pattern << uint32(7))) >> uint32(24))
+    return wrapping_add(bucket, uint32(pattern << uint32(7)))
 
 
 @device
-def quantize_8(values: np.ndarray, factor: np.float32, lookup: np.ndarray) -> Any:
-    """Return the codes of eight values times ``factor``, four a word."""
-    low = uint32(0)
-    high = uint32(0)
-    for j in range(4):
-        low = uint32(low | uint32(quantize(mul(values[j], factor), lookup) << uint32(8 * j)))
-        high = uint32(high | uint32(quantize(mul(values[j + 4], factor), lookup) << uint32(8 * j)))
+def quantize(value: np.float32, maximum: np.float32, factor: np.float32, lookup: np.ndarray) -> np.uint32:
+    """Return the code of a value of a block whose greatest magnitude is ``maximum``."""
+    if not maximum < INFINITY:
+        return uint32(ZERO_CODE)
+    return uint32(code_on_top(mul(mul(value, factor), BUCKET_SCALE), lookup) >> uint32(24))
+
+
+@device
+def quantize_8(values: np.ndarray, maximum: np.float32, factor: np.float32, lookup: np.ndarray) -> Any:
+    """Return the codes of eight values of a block whose greatest magnitude is ``maximum``, four a word."""
+    if not maximum < INFINITY:
+        return ZERO_CODES, ZERO_CODES
+    # One product instead of two: scaling the factor is exact up to this maximum, scaling the values above it.
+    if maximum > LARGEST_SCALED:
+        for j in range(8):
+            values[j] = mul(values[j], BUCKET_SCALE)
+    else:
+        factor = mul(factor, BUCKET_SCALE)
+    low = top_bytes(
+        code_on_top(mul(values[0], factor), lookup),
+        code_on_top(mul(values[1], factor), lookup),
+        code_on_top(mul(values[2], factor), lookup),
+        code_on_top(mul(values[3], factor), lookup),
+    )
+    high = top_bytes(
+        code_on_top(mul(values[4], factor), lookup),
+        code_on_top(mul(values[5], factor), lookup),
+        code_on_top(mul(values[6], factor), lookup),
+        code_on_top(mul(values[7], factor), lookup),
+    )
     return low, high
 
 
 @device
-def abs_max_8(values: np.ndarray, maximum: np.uint32) -> np.uint32:
-    """Return the bits of the greatest magnitude of eight values and ``maximum``; above infinity's if one is NaN."""
+def abs_max_8(values: np.ndarray, maximum: np.float32) -> np.float32:
+    """Return the greatest magnitude of eight values and ``maximum``, NaN if one is NaN."""
     for j in range(8):
-        maximum = max(maximum, uint32(bits(values[j]) & ABS_BITS))
+        maximum = abs_max(maximum, values[j])
     return maximum
 
 
 @device
-def stored_absmax(maximum: np.uint32) -> np.float32:
-    """Return what a block whose greatest magnitude has these bits stores as its absmax."""
-    if maximum >= INFINITY_BITS:
+def warp_max(maximum: np.float32) -> np.float32:
+    """Return the greatest of the warp's magnitudes, NaN if one is NaN."""
+    return from_bits(warp_max_u32(bits(maximum)))
+
+
+@device
+def stored_absmax(maximum: np.float32) -> np.float32:
+    """Return what a block with this greatest magnitude stores as its absmax."""
+    if not maximum < INFINITY:
         return NAN
-    if maximum < SMALLEST_NORMAL_BITS:
-        return np.float32(0)
-    return from_bits(maximum)
+    return maximum if maximum >= SMALLEST_NORMAL else np.float32(0)
 
 
 @device
-def code_factor(maximum: np.uint32) -> np.float32:
+def code_factor(maximum: np.float32) -> np.float32:
     """Return what the values of a block are multiplied with: 1 / absmax, or 0 for a block stored as zeros."""
-    return np.float32(0) if maximum < SMALLEST_NORMAL_BITS else reciprocal(from_bits(maximum))
-
-
-@device
-def store_quantized(
-    address: int, wide: bool, left: int, values: np.ndarray, maximum: np.uint32, factor: np.float32, lookup: np.ndarray
-) -> None:
-    """Write the codes of eight values of a block whose greatest magnitude has the bits ``maximum``."""
-    low, high = ZERO_CODES, ZERO_CODES
-    if maximum < INFINITY_BITS:
-        low, high = quantize_8(values, factor, lookup)
-    store_codes(address, wide, left, low, high)
+    return reciprocal(maximum) if maximum >= SMALLEST_NORMAL else np.float32(0)
 
 
 @device
@@ -183,27 +179,26 @@ def make_quantize_blockwise(dtype: int) -> Callable[..., None]:
             i += cuda.blockDim.x
         cuda.syncthreads()
         lane = cuda.threadIdx.x & 31
-        warps = cuda.blockDim.x >> 5
-        block = cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5)
+        block = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
         while block * block_size < size:
             first = block * block_size
             end = min(first + block_size, size)
-            maximum = uint32(0)
+            maximum = np.float32(0)
             i = first + lane
             while i < end:
-                maximum = max(maximum, uint32(bits(load_float(dtype, values + i * itemsize)) & ABS_BITS))
+                maximum = abs_max(maximum, load_float(dtype, values + i * itemsize))
                 i += 32
-            maximum = warp_max_u32(maximum)
+            maximum = warp_max(maximum)
             if lane == 0:
                 store_f32(absmax + block * 4, stored_absmax(maximum))
-            finite = maximum < INFINITY_BITS
+            finite = maximum < INFINITY
             factor = code_factor(maximum)
             i = first + lane
             while i < end:
                 x = mul(load_float(dtype, values + i * itemsize), factor) if finite else np.float32(0)
                 store_u8(codes + i, uint32(search(thresholds, x)))
                 i += 32
-            block += cuda.gridDim.x * warps
+            block += cuda.gridDim.x * WARPS
 
     return quantize_blockwise
 

@@ -30,9 +30,10 @@ PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, SCALE, GNORM_VEC, PARTIALS, 
 # Work item, in bytes from its start: int64.
 ITEM_TENSOR, ITEM_FIRST, ITEM_END, ITEM_BYTES = range(0, 32, 8)
 
-# Elements that a warp handles at once, and the most items per block of threads that can be resident: enough to even
-# out their run times, few enough for a short list.
+# Elements that a warp handles at once, warps in a block of threads, and the most items per block of threads that can
+# be resident: enough to even out their run times, few enough for a short list.
 BLOCK_SIZE = 256
+WARPS = 8
 ITEMS_PER_RESIDENT_BLOCK = 8
 
 
@@ -100,9 +101,8 @@ def work_list(sizes: Int64Array, unit: int, resident_blocks: int) -> Int64Array:
         int64 array of shape (items, 3): tensor, first unit, end unit. An empty tensor has one empty item.
     """
     units = -(-sizes // unit)
-    warps = 8
     share = -(-int(units.sum()) // (resident_blocks * ITEMS_PER_RESIDENT_BLOCK))
-    length = max(warps, -(-share // warps) * warps)
+    length = max(WARPS, -(-share // WARPS) * WARPS)
     items = np.maximum(1, -(-units // length))
     tensor = np.repeat(np.arange(len(sizes), dtype=np.int64), items)
     first = (np.arange(len(tensor), dtype=np.int64) - np.repeat(np.cumsum(items) - items, items)) * length

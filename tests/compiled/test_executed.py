@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_kernels import launch
+from cuda_kernels.device import WARPS
 from tests import strategies
 from tests.compiled import building
 from tests.differential import cuda_cases as cases
@@ -22,7 +23,6 @@ ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importabl
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 CAPABILITY = (9, 0)
-THREADS = 64
 BLOCKS = 2
 KINDS = ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"]
 
@@ -60,7 +60,7 @@ def execute(name: str, dtype: str | None, device: int, stream: int, blocks: int,
     information = _modules[name, dtype, device].launch(
         None,
         max(1, min(blocks, BLOCKS)),
-        THREADS,
+        32 * WARPS,
         [np.int64(argument) for argument in arguments],
         order="random",
         block_order="random",
