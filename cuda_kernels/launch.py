@@ -123,7 +123,15 @@ def _launch(name: str, dtype: str | None, device: int, stream: int, blocks: int,
             warnings.simplefilter("ignore", RuntimeWarning)
             dispatcher[grid, 32](*(np.int64(argument) for argument in arguments))
     else:
-        dispatcher[grid, 32 * WARPS, _stream(device, stream)](*arguments)
+        _configured(dispatcher, grid, _stream(device, stream))(*arguments)
+
+
+@functools.cache
+def _configured(dispatcher: Any, grid: int, stream: Any) -> Any:
+    with warnings.catch_warnings():
+        # Numba warns of small grids, which small tensors need.
+        warnings.simplefilter("ignore")
+        return dispatcher[grid, 32 * WARPS, stream]
 
 
 @functools.cache
