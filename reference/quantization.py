@@ -121,19 +121,20 @@ def quantize_blockwise(
     blocks = _split(values.astype(np.float32), block_size)
     codes = np.empty(values.size, np.uint8)
     absmax = np.empty(len(blocks), np.float32)
-    for i, x in enumerate(blocks):
-        block_codes = codes[i * block_size : i * block_size + x.size]
-        maximum = np.max(np.abs(x))
-        if not np.isfinite(maximum):
-            absmax[i] = np.nan
-            block_codes[:] = zero_code
-        elif maximum < SMALLEST_NORMAL:
-            absmax[i] = 0.0
-            block_codes[:] = zero_code
-        else:
-            absmax[i] = maximum
-            reciprocal = np.float32(1.0) / maximum
-            block_codes[:] = np.searchsorted(thresholds, x * reciprocal, side="left")
+    with np.errstate(all="ignore"):
+        for i, x in enumerate(blocks):
+            block_codes = codes[i * block_size : i * block_size + x.size]
+            maximum = np.max(np.abs(x))
+            if not np.isfinite(maximum):
+                absmax[i] = np.nan
+                block_codes[:] = zero_code
+            elif maximum < SMALLEST_NORMAL:
+                absmax[i] = 0.0
+                block_codes[:] = zero_code
+            else:
+                absmax[i] = maximum
+                reciprocal = np.float32(1.0) / maximum
+                block_codes[:] = np.searchsorted(thresholds, x * reciprocal, side="left")
     return codes.reshape(values.shape), absmax
 
 
@@ -158,8 +159,9 @@ def dequantize_blockwise(codes: Uint8Array, absmax: Float32Array, qmap: Float32A
     if absmax.shape != (len(blocks),):
         raise ValueError(f"Invalid absmax shape: {absmax.shape}; ({len(blocks)},) is needed")
     values = np.empty(codes.size, np.float32)
-    for i, block in enumerate(blocks):
-        values[i * block_size : i * block_size + block.size] = qmap[block] * absmax[i]
+    with np.errstate(all="ignore"):
+        for i, block in enumerate(blocks):
+            values[i * block_size : i * block_size + block.size] = qmap[block] * absmax[i]
     return values.reshape(codes.shape)
 
 

@@ -1,0 +1,169 @@
+"""The optimizers on this machine's GPU: the bits of the CPU, without waiting, without allocating, in CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lion
+from tests.comparing import assert_same_bits
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+OPTIONS: list[dict[str, Any]] = [
+    {"optim_bits": 32},
+    {"optim_bits": 8, "min_8bit_size": 0},
+    {"optim_bits": 8, "min_8bit_size": 0, "block_wise": False},
+    {"optim_bits": 32, "percentile_clipping": 5},
+    {"optim_bits": 8, "min_8bit_size": 1000, "percentile_clipping": 50},
+    {"optim_bits": 8, "min_8bit_size": 0, "block_wise": False, "percentile_clipping": 95},
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZES = [0, 1, 255, 256, 257, 4095, 4097, 70_001]
+GPU = torch.device("cuda", 0)
+
+
+def parameters(device: torch.device) -> list[Tensor]:
+    """Parameters of all dtypes and many sizes, among them views at odd offsets and a transposed one."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for dtype in DTYPES:
+        for size in SIZES:
+            made.append(torch.randn(size, generator=generator).to(device, dtype))
+        flat = torch.randn(3000, generator=generator).to(device, dtype)
+        made += [flat[1:1001], flat[1001:2500]]
+        made.append(torch.randn(70, 90, generator=generator).to(device, dtype).t())
+    return [p.requires_grad_() for p in made]
+
+
+def gradients(params: list[Tensor], step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    made = []
+    for number, p in enumerate(params):
+        g = torch.randn(p.shape, generator=generator) * 10.0 ** ((number + step) % 7 - 3)
+        if step % 5 == 3 and p.numel() > 10:
+            g.view(-1)[number % 10] = (float("nan"), float("inf"), float("-inf"), 1e-44)[number % 4]
+        if step % 6 == 5:
+            g.zero_()
+        made.append(g.to(p.device, p.dtype))
+    return made
+
+
+def trained(device: torch.device, steps: int, **options: Any) -> list[Tensor]:
+    params = parameters(device)
+    optimizer = lion.Lion(params, lr=1e-2, weight_decay=0.1, **options)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        for p, g in zip(params, gradients(params, step), strict=True):
+            p.grad = g
+        optimizer.step()
+    return [p.detach() for p in params] + [v for p in params for v in optimizer.state[p].values()]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gpu_equals_cpu(options: dict[str, Any]) -> None:
+    steps = 110 if "percentile_clipping" in options else 8
+    for i, (actual, expected) in enumerate(
+        zip(trained(GPU, steps, **options), trained(torch.device("cpu"), steps, **options), strict=True)
+    ):
+        assert_same_bits(actual.cpu(), expected, what=f"tensor {i}")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_step_neither_waits_nor_allocates(options: dict[str, Any]) -> None:
+    params = [p for p in parameters(GPU) if p.is_contiguous()]
+    optimizer = lion.Lion(params, lr=torch.tensor(1e-3, device=GPU), weight_decay=0.1, **options)
+    for p, g in zip(params, gradients(params, 0), strict=True):
+        p.grad = g
+    optimizer.step()
+    optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_graph_replays_follow_the_learning_rate(options: dict[str, Any]) -> None:
+    def start() -> tuple[list[Tensor], Tensor, lion.Lion]:
+        params = [p for p in parameters(GPU) if p.is_contiguous()]
+        lr = torch.tensor(1e-3, device=GPU)
+        optimizer = lion.Lion(params, lr=lr, weight_decay=0.1, **options)
+        for p, g in zip(params, gradients(params, 0), strict=True):
+            p.grad = g
+        for _ in range(3):
+            optimizer.step()
+        return params, lr, optimizer
+
+    params, lr, optimizer = start()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    other, other_lr, eager = start()
+    for step in range(1, 8):
+        for tensors, rate in ((params, lr), (other, other_lr)):
+            rate.fill_(1e-3 / step)
+            for p, g in zip(tensors, gradients(tensors, step), strict=True):
+                assert p.grad is not None
+                p.grad.copy_(g)
+        if step == 4:
+            optimizer.step()
+        else:
+            graph.replay()
+        eager.step()
+    torch.cuda.synchronize()
+    for p, q in zip(params, other, strict=True):
+        assert_same_bits(p.detach().cpu(), q.detach().cpu())
+        for key, value in optimizer.state[p].items():
+            assert_same_bits(value.cpu(), eager.state[q][key].cpu(), what=key)
+
+
+def test_other_streams_and_threads() -> None:
+    import threading
+
+    results: list[list[Tensor]] = []
+
+    def work() -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results.append([t.cpu() for t in trained(GPU, 4, optim_bits=8, min_8bit_size=0)])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(results) == 3
+    expected = trained(torch.device("cpu"), 4, optim_bits=8, min_8bit_size=0)
+    for result in results:
+        for actual, wanted in zip(result, expected, strict=True):
+            assert_same_bits(actual, wanted)
+
+
+def test_functional() -> None:
+    values = torch.randn(10_007, device=GPU)
+    values[5], values[3000], values[9000:] = float("nan"), float("inf"), 0.0
+    for dtype in DTYPES:
+        for blocksize in lion.functional.BLOCK_SIZES:
+            x = values.to(dtype)
+            codes, quantized = lion.functional.quantize_blockwise(x, blocksize=blocksize)
+            cpu_codes, cpu_quantized = lion.functional.quantize_blockwise(x.cpu(), blocksize=blocksize)
+            assert_same_bits(codes.cpu(), cpu_codes)
+            assert_same_bits(quantized.absmax.cpu(), cpu_quantized.absmax)
+            assert_same_bits(
+                lion.functional.dequantize_blockwise(codes, quantized).cpu(),
+                lion.functional.dequantize_blockwise(cpu_codes, cpu_quantized),
+            )
+        history, cpu_history = torch.zeros(100, device=GPU), torch.zeros(100)
+        for step in range(1, 105):
+            g = torch.full((5000,), 0.1 * (step % 13), device=GPU).to(dtype)
+            on_gpu = lion.functional.percentile_clipping(g, history, step, 20)
+            on_cpu = lion.functional.percentile_clipping(g.cpu(), cpu_history, step, 20)
+            for a, b in zip((*on_gpu, history), (*on_cpu, cpu_history), strict=True):
+                assert_same_bits(a.cpu(), b)
