@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 
@@ -25,6 +27,15 @@ def at_least(name: str, value: int, minimum: int) -> None:
     """Raise UsageError if the value of an option is below its minimum."""
     if value < minimum:
         raise UsageError(f"Invalid {name}: {value}; at least {minimum} is needed")
+
+
+def checked_names(option: str, given: str, allowed: Collection[str]) -> list[str]:
+    """Return the names in a list separated by commas, or raise UsageError if one is not allowed."""
+    names = [name.strip() for name in given.split(",")]
+    for name in names:
+        if name not in allowed:
+            raise UsageError(f"Invalid {option}: {name!r}; {', '.join(allowed)} are allowed")
+    return list(dict.fromkeys(names))
 
 
 def device_name(device: torch.device) -> str:

@@ -1,9 +1,210 @@
-"""stub"""
+"""Time optimizer steps against other implementations and against what the memory could do.
+
+Our optimizers, those other implementations of Lion that are installed, and torch's fused AdamW take steps in turns.
+The bound is a loop, on a GPU a copy, that moves the bytes of a Lion step and does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch.optim import Optimizer
+
+from lion.cli import at_least, checked_device, checked_names, device_name, measure
+from lion.cli.measure import WORKLOADS, Summary
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def add_arguments(p):
-    pass
+class Contestant(NamedTuple):
+    """An optimizer to time.
+
+    Attributes:
+        name: What to call it.
+        module: Where its class is.
+        cls: Name of the class.
+        ours: Which of ours it is measured against.
+        arguments: Arguments besides the parameters.
+    """
+
+    name: str
+    module: str
+    cls: str
+    ours: str
+    arguments: dict[str, Any]
+
+    def make(self, params: list[Any]) -> Optimizer:
+        """Return the optimizer; ImportError if it is not installed."""
+        optimizer: Optimizer = getattr(importlib.import_module(self.module), self.cls)(params, **self.arguments)
+        return optimizer
 
 
-def run(o):
+_LION = {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.1}
+STATE_ITEMSIZE = {"Lion": 4, "Lion8bit": 1}
+CONTESTANTS = (
+    Contestant("Lion", "lion", "Lion", "Lion", _LION),
+    Contestant("Lion8bit", "lion", "Lion8bit", "Lion8bit", {**_LION, "min_8bit_size": 0}),
+    Contestant("torch AdamW", "torch.optim", "AdamW", "Lion", {"lr": 1e-4, "weight_decay": 0.1, "fused": True}),
+    Contestant("bitsandbytes Lion", "bitsandbytes.optim", "Lion", "Lion", _LION),
+    Contestant("bitsandbytes Lion8bit", "bitsandbytes.optim", "Lion8bit", "Lion8bit", {**_LION, "min_8bit_size": 0}),
+    Contestant("lion-pytorch", "lion_pytorch", "Lion", "Lion", _LION),
+    Contestant("torch-optimi Lion", "optimi", "Lion", "Lion", _LION),
+    Contestant("pytorch-optimizer Lion", "pytorch_optimizer", "Lion", "Lion", _LION),
+    Contestant("timm Lion", "timm.optim", "Lion", "Lion", _LION),
+    Contestant("torchao AdamW8bit", "torchao.optim", "AdamW8bit", "Lion8bit", {"lr": 1e-4, "weight_decay": 0.1}),
+)
+
+
+class Row(NamedTuple):
+    """What was measured of one contestant.
+
+    Attributes:
+        name: Name of the contestant.
+        ns_per_parameter: Median and quartiles.
+        share_of_bound: Time of the bound over that of the contestant; of ours only, for others move other bytes.
+        times_ours: Its time over that of ours; None for ours.
+        state_bytes_per_parameter: Optimizer state.
+        extra_bytes_per_parameter: What memory grows by in the middle of a step; None where that cannot be seen.
+    """
+
+    name: str
+    ns_per_parameter: Summary
+    share_of_bound: float | None
+    times_ours: float | None
+    state_bytes_per_parameter: float
+    extra_bytes_per_parameter: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--threads", type=int, help="threads on a CPU (default: as torch has it)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each optimizer (default: 15)")
+    parser.add_argument(
+        "--dtypes", default="float32,bfloat16", help=f"of {', '.join(DTYPES)} (default: float32,bfloat16)"
+    )
+    parser.add_argument(
+        "--workloads",
+        default="one,many",
+        help="; ".join(f"{name}: {workload.title}" for name, workload in WORKLOADS.items()) + " (default: one,many)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry the command out and return its exit code."""
+    at_least("--rounds", options.rounds, 1)
+    device = checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtypes = checked_names("--dtypes", options.dtypes, DTYPES)
+    workloads = checked_names("--workloads", options.workloads, WORKLOADS)
+    if options.threads is not None:
+        at_least("--threads", options.threads, 1)
+        torch.set_num_threads(options.threads)
+
+    results: list[tuple[str, str, list[Row]]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for workload in workloads:
+            for dtype in dtypes:
+                bar = progress.add_task(f"{WORKLOADS[workload].title}, {dtype}", total=None)
+                rows = measured(workload, DTYPES[dtype], device, options.rounds, progress, bar)
+                results.append((workload, dtype, rows))
+                progress.remove_task(bar)
+
+    threads = torch.get_num_threads()
+    where = f"{threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device_name(device)
+    if options.json:
+        report = [{"workload": w, "dtype": d, "rows": [_as_dict(row) for row in rows]} for w, d, rows in results]
+        json.dump({"device": str(device), "where": where, "results": report}, sys.stdout, indent=2)
+        print()
+    else:
+        for workload, dtype, rows in results:
+            _print_table(f"{WORKLOADS[workload].title}, {dtype}, {where}", rows)
     return 0
+
+
+def measured(
+    workload: str, dtype: torch.dtype, device: torch.device, rounds: int, progress: Progress, bar: Any
+) -> list[Row]:
+    """Time all contestants that are installed, and the bounds, in turns.
+
+    Args:
+        workload: Key of ``WORKLOADS``.
+        dtype: dtype of parameters and gradients.
+        device: Where.
+        rounds: Timed steps of each.
+        progress: Where to show it.
+        bar: The bar of this measurement.
+
+    Returns:
+        A row for each contestant.
+    """
+    elements = WORKLOADS[workload].elements
+    params = measure.make_params(WORKLOADS[workload], dtype, device)
+    steps: dict[str, measure.Step] = {}
+    states: dict[str, float] = {}
+    extra: dict[str, int | None] = {}
+    for contestant in CONTESTANTS:
+        try:
+            optimizer = contestant.make(params)
+        except ImportError:
+            continue
+        optimizer.step()
+        states[contestant.name] = measure.state_bytes(optimizer.state) / elements
+        extra[contestant.name] = measure.peak_extra_bytes(optimizer.step, device)
+        steps[contestant.name] = optimizer.step
+    bounds = {name: f"bound of {name}" for name in STATE_ITEMSIZE}
+    for name, itemsize in STATE_ITEMSIZE.items():
+        steps[bounds[name]] = measure.bound(params, itemsize)
+        steps[bounds[name]]()
+    timers = {name: measure.timer(step, device) for name, step in steps.items()}
+    progress.update(bar, total=rounds * len(timers))
+    times = measure.in_turns(timers, rounds, lambda: progress.advance(bar))
+
+    summaries = {name: measure.summary(seconds) for name, seconds in times.items()}
+    rows = []
+    for contestant in (c for c in CONTESTANTS if c.name in states):
+        name, ours, more = contestant.name, contestant.ours, extra[contestant.name]
+        median = summaries[name].median
+        rows.append(
+            Row(
+                name,
+                Summary(*(1e9 * seconds / elements for seconds in summaries[name])),
+                summaries[bounds[name]].median / median if name == ours else None,
+                median / summaries[ours].median if name != ours else None,
+                states[name],
+                None if more is None else more / elements,
+            )
+        )
+    return rows
+
+
+def _as_dict(row: Row) -> dict[str, Any]:
+    return {**row._asdict(), "ns_per_parameter": row.ns_per_parameter._asdict()}
+
+
+def _print_table(title: str, rows: list[Row]) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("Optimizer", no_wrap=True)
+    for heading in ("ns/param", "quartiles", "of\nbound", "×\nours", "state\nB/param", "extra\nB/param"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        median, low, high = row.ns_per_parameter
+        table.add_row(
+            row.name,
+            f"{median:.3f}",
+            f"{low:.3f}–{high:.3f}",
+            "" if row.share_of_bound is None else f"{row.share_of_bound:.0%}",
+            "" if row.times_ours is None else f"{row.times_ours:.1f}",
+            f"{row.state_bytes_per_parameter:.3f}",
+            "?" if row.extra_bytes_per_parameter is None else f"{row.extra_bytes_per_parameter:.2f}",
+        )
+    Console().print(table)

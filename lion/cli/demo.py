@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
 
-from lion.cli import UsageError, at_least, checked_device, device_name
+from lion.cli import UsageError, at_least, checked_device, checked_names, device_name
+from lion.cli.measure import state_bytes
 from lion.optimizers import Lion, Lion8bit, PagedLion8bit
 
 VOCABULARY = 256  # a character is a byte
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
     """Carry the command out and return its exit code."""
     at_least("--steps", options.steps, 1)
     at_least("--seed", options.seed, 0)
-    names = _checked_names(options.optimizers)
+    names = checked_names("--optimizers", options.optimizers, OPTIMIZERS)
     device = checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     train, held_out = _split(_read(options.data))
     try:
@@ -208,7 +209,7 @@ def _train(
             curve.append((step, _held_out_loss(model, held_out)))
         show(step, curve[-1][1])
     parameters = sum(p.numel() for p in model.parameters())
-    return Result(name, curve, _state_bytes(optimizer) / parameters, 1e3 * statistics.median(times))
+    return Result(name, curve, state_bytes(optimizer.state) / parameters, 1e3 * statistics.median(times))
 
 
 def _learning_rate_factor(step: int, steps: int) -> float:
@@ -226,12 +227,6 @@ def _loss(model: nn.Module, batch: Tensor) -> Tensor:
 @torch.no_grad()
 def _held_out_loss(model: nn.Module, batches: Tensor) -> float:
     return torch.stack([_loss(model, batch) for batch in batches]).mean().item()
-
-
-def _state_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes of all state tensors, those that several parameters share counted once."""
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def _now(device: torch.device) -> float:
@@ -270,14 +265,6 @@ def _batches(text: Tensor, count: int, generator: torch.Generator, device: torch
     """Return batches of random pieces of a text: int64 of shape (count, BATCH, CONTEXT + 1)."""
     begins = torch.randint(len(text) - CONTEXT, (count, BATCH, 1), generator=generator)
     return text[begins + torch.arange(CONTEXT + 1)].long().to(device)
-
-
-def _checked_names(given: str) -> list[str]:
-    names = [name.strip() for name in given.split(",")]
-    for name in names:
-        if name not in OPTIMIZERS:
-            raise UsageError(f"Invalid --optimizers: {name!r}; {', '.join(OPTIMIZERS)} are allowed")
-    return list(dict.fromkeys(names))
 
 
 def _print_table(results: list[Result], title: str) -> None:

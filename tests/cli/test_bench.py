@@ -1,0 +1,58 @@
+"""``python -m lion bench`` on few parameters."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from lion.__main__ import main
+from lion.cli.measure import WORKLOADS, Workload
+
+
+@pytest.fixture(autouse=True)
+def few_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WORKLOADS, "one", Workload("one tensor of 64K elements", [(1 << 16,)]))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)  # importing it fails
+
+
+def test_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--device", "cpu", "--rounds", "3", "--workloads", "one", "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [(result["workload"], result["dtype"]) for result in results] == [("one", "float32"), ("one", "bfloat16")]
+    for result in results:
+        rows = {row["name"]: row for row in result["rows"]}
+        assert {"Lion", "Lion8bit", "torch AdamW"} <= set(rows)
+        assert not any(name.startswith("bitsandbytes") for name in rows)
+        for row in rows.values():
+            times = row["ns_per_parameter"]
+            assert 0 < times["low"] <= times["median"] <= times["high"]
+            assert (row["share_of_bound"] is None) == (row["name"] not in ("Lion", "Lion8bit"))
+            assert (row["times_ours"] is None) == (row["name"] in ("Lion", "Lion8bit"))
+        assert rows["Lion"]["state_bytes_per_parameter"] == pytest.approx(4, abs=0.01)
+        assert rows["Lion8bit"]["state_bytes_per_parameter"] == pytest.approx(1 + 4 / 256, abs=0.03)
+
+
+def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "cpu", "--rounds", "1", "--workloads", "one", "--dtypes", "float16"]
+    assert main(["bench", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "one tensor of 64K elements, float16" in out and "Lion8bit" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "Invalid --rounds: 0; at least 1 is needed"),
+        (["--threads", "0"], "Invalid --threads: 0; at least 1 is needed"),
+        (["--dtypes", "float64"], "Invalid --dtypes: 'float64'; float32, float16, bfloat16 are allowed"),
+        (["--workloads", "two"], "Invalid --workloads: 'two'; one, gpt2, many are allowed"),
+        (["--device", "tpu"], "Invalid --device: tpu; "),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["bench", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
