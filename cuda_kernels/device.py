@@ -76,9 +76,7 @@ def _call(builder: Any, name: str, result: Any, *values: Any) -> Any:
     return builder.call(function, values)
 
 
-def _assembly(
-    builder: Any, text: str, result: Any, constraints: str, *values: Any, side_effect: bool = False
-) -> Any:
+def _assembly(builder: Any, text: str, result: Any, constraints: str, *values: Any, side_effect: bool = False) -> Any:
     function_type = ir.FunctionType(result, [value.type for value in values])
     return builder.call(ir.InlineAsm(function_type, text, constraints, side_effect), values)
 
@@ -195,6 +193,13 @@ def ordered(builder: Any, pattern: Any) -> Any:
     """Return an integer that is ordered, as an int32, like the float32 with these bits."""
     sign = builder.ashr(pattern, ir.Constant(_I32, 31))
     return builder.xor(pattern, builder.and_(sign, ir.Constant(_I32, 0x7FFFFFFF)))
+
+
+@_intrinsic(_u32(_u32, _u32), lambda word, place: np.uint32((int(word) >> (8 * int(place))) & 0xFF))
+def byte(builder: Any, word: Any, place: Any) -> Any:
+    """Return one of a word's bytes, the lowest at place 0."""
+    selector = builder.or_(place, ir.Constant(_I32, 0x4440))
+    return _call(builder, "llvm.nvvm.prmt", _I32, word, ir.Constant(_I32, 0), selector)
 
 
 def _top_bytes_twin(*words: Any) -> Any:
@@ -423,9 +428,7 @@ def shuffle_xor_f64(builder: Any, value: Any, mask: Any) -> Any:
     pattern = builder.bitcast(value, _I64)
     low = _shuffle_xor(builder, builder.trunc(pattern, _I32), mask)
     high = _shuffle_xor(builder, builder.trunc(builder.lshr(pattern, ir.Constant(_I64, 32)), _I32), mask)
-    both = builder.or_(
-        builder.zext(low, _I64), builder.shl(builder.zext(high, _I64), ir.Constant(_I64, 32))
-    )
+    both = builder.or_(builder.zext(low, _I64), builder.shl(builder.zext(high, _I64), ir.Constant(_I64, 32)))
     return builder.bitcast(both, _DOUBLE)
 
 

@@ -279,9 +279,7 @@ def make_update_8bit_blockwise(dtype: int) -> Callable[[int], None]:
                 i = block * 256 + lane
                 while i < block_end:
                     param, grad = params + i * itemsize, grads + i * itemsize
-                    update_8bit_element(
-                        dtype, k, scale, param, grad, codes + i, old_absmax, maximum, factor, lookup
-                    )
+                    update_8bit_element(dtype, k, scale, param, grad, codes + i, old_absmax, maximum, factor, lookup)
                     i += 32
                 if lane == 0:
                     store_f32(scales + block * 4, stored_absmax(maximum))

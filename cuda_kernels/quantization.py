@@ -15,6 +15,7 @@ from cuda_kernels.device import (
     abs_max,
     as_signed,
     bits,
+    byte,
     device,
     from_bits,
     load_f32,
@@ -41,7 +42,6 @@ ZERO_CODES = np.uint32(0x7F7F7F7F)
 # its ordered pattern, from the 18th on, number 1473 buckets of either sign; one more rounds the table up to whole
 # 128-bit loads. No bucket holds two thresholds. Values so small that the scaling rounds them lie below the smallest.
 BUCKET_SCALE = np.float32(2.0**-104)
-LARGEST_SCALED = np.float32(2.0**22)
 BUCKET_SHIFT = 17
 BUCKETS_EACH_SIGN = 1474
 MAP_WORDS = 256
@@ -81,14 +81,14 @@ def dequantize(code: np.uint32, absmax: np.float32, lookup: np.ndarray) -> np.fl
 def dequantize_8(low: np.uint32, high: np.uint32, absmax: np.float32, lookup: np.ndarray, values: np.ndarray) -> None:
     """Fill ``values`` with the values of eight codes."""
     for j in range(4):
-        values[j] = dequantize(uint32(uint32(low >> uint32(8 * j)) & uint32(0xFF)), absmax, lookup)
-        values[j + 4] = dequantize(uint32(uint32(high >> uint32(8 * j)) & uint32(0xFF)), absmax, lookup)
+        values[j] = dequantize(byte(low, uint32(j)), absmax, lookup)
+        values[j + 4] = dequantize(byte(high, uint32(j)), absmax, lookup)
 
 
 @device
-def code_on_top(scaled: np.float32, lookup: np.ndarray) -> np.uint32:
-    """Return a word with the code of a value, given times ``BUCKET_SCALE``, in its upper 8 bits."""
-    pattern = ordered(bits(scaled))
+def code_on_top(value: np.float32, lookup: np.ndarray) -> np.uint32:
+    """Return a word with the code of a value in [-1, 1] in its upper 8 bits."""
+    pattern = ordered(bits(mul(value, BUCKET_SCALE)))
     bucket = lookup[uint32(FIRST_BUCKET + (as_signed(pattern) >> BUCKET_SHIFT))]
     return wrapping_add(bucket, uint32(pattern << uint32(7)))
 
@@ -98,7 +98,7 @@ def quantize(value: np.float32, maximum: np.float32, factor: np.float32, lookup:
     """Return the code of a value of a block whose greatest magnitude is ``maximum``."""
     if not maximum < INFINITY:
         return uint32(ZERO_CODE)
-    return uint32(code_on_top(mul(mul(value, factor), BUCKET_SCALE), lookup) >> uint32(24))
+    return uint32(code_on_top(mul(value, factor), lookup) >> uint32(24))
 
 
 @device
@@ -106,12 +106,6 @@ def quantize_8(values: np.ndarray, maximum: np.float32, factor: np.float32, look
     """Return the codes of eight values of a block whose greatest magnitude is ``maximum``, four a word."""
     if not maximum < INFINITY:
         return ZERO_CODES, ZERO_CODES
-    # One product instead of two: scaling the factor is exact up to this maximum, scaling the values above it.
-    if maximum > LARGEST_SCALED:
-        for j in range(8):
-            values[j] = mul(values[j], BUCKET_SCALE)
-    else:
-        factor = mul(factor, BUCKET_SCALE)
     low = top_bytes(
         code_on_top(mul(values[0], factor), lookup),
         code_on_top(mul(values[1], factor), lookup),

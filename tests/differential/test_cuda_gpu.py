@@ -97,9 +97,7 @@ def test_squared_norm(dtype: str, data: st.DataObject) -> None:
     step=st.sampled_from([0, 1, 97, 98, 99, 100, 1000]),
     percentile=st.integers(1, 99),
 )
-def test_percentile_clipping(
-    dtype: str, data: st.DataObject, history: cases.Array, step: int, percentile: int
-) -> None:
+def test_percentile_clipping(dtype: str, data: st.DataObject, history: cases.Array, step: int, percentile: int) -> None:
     grads = data.draw(cases.gradients(dtype, 5000))
     cases.check_percentile_clipping(MEMORY, dtype, grads, history, step, percentile)
 
