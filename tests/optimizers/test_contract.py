@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -572,6 +575,29 @@ def test_optimizer_and_parameters_are_freed(make):
 
 
 @every_kind
+@pytest.mark.parametrize("percentile", [100, 30])
+def test_a_step_needs_no_memory_of_the_size_of_a_parameter(make, percentile):
+    """The peak of the process, as the kernel counts it, over steps after the first."""
+    reset = Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        pytest.skip("this system does not count a process's peak memory anew")
+
+    def peak():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    p = nn.Parameter(torch.zeros(8_000_000))
+    optimizer = make([p], percentile_clipping=percentile)
+    p.grad = torch.ones(8_000_000)
+    for _ in range(2):
+        optimizer.step()
+    gc.collect()
+    reset.write_text("5")
+    before = peak()
+    optimizer.step()
+    assert peak() - before < 2_000_000  # a float32 copy has 32,000,000 bytes, a byte per parameter 8,000,000
+
+
+@every_kind
 def test_two_optimizers_do_not_meet(make):
     params = [parameter(5000, seed=i) for i in range(2)]
     copies = [ByHand.of(make, p) for p in params]
@@ -639,6 +665,35 @@ def test_gradient_clipping_of_torch():
         by_hand.step(p.grad)
         optimizer.step()
         by_hand.check(p, optimizer)
+
+
+@every_kind
+@pytest.mark.parametrize("percentile", [100, 30])
+def test_grad_scaler(make, percentile):
+    """Scaled by powers of two, so that unscaling is exact; a step with an overflow does nothing."""
+    kwargs = {"lr": 1e-3, "percentile_clipping": percentile}
+    params = [parameter(5000), parameter(10, seed=1)]
+    copies = {p: ByHand.of(make, p, **kwargs) for p in params}
+    optimizer = make(params, **kwargs)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    for seed in range(8):
+        weights = torch.randn(5000, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        loss = (params[0] * weights).sum() + (params[1] * weights[:10]).sum() * (float("inf") if seed == 4 else 1.0)
+        scaler.scale(loss).backward()
+        before = snapshot(optimizer)
+        scaler.step(optimizer)
+        if seed == 4:
+            after = [value for name, value in snapshot(optimizer) if not name.startswith("gradient")]
+            kept = [value for name, value in before if not name.startswith("gradient")]
+            for a, b in zip(after, kept, strict=True):
+                assert_same_bits(a, b)
+        else:
+            for p, weight in zip(params, (weights, weights[:10]), strict=True):
+                copies[p].step(weight, 1e-3)
+                copies[p].check(p, optimizer, f"step {seed}")
+        scaler.update()
+    assert scaler.get_scale() == 2048.0
 
 
 def test_step_in_the_backward_pass():
