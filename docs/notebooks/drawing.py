@@ -14,6 +14,7 @@ import numpy.typing as npt
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 BLUE, ORANGE, GREEN, RED, VIOLET, GREY = "#3b86d1", "#e07b1a", "#2f9e5f", "#d6455a", "#8b6fd0", "#8a8a8a"
 
@@ -98,32 +99,32 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> HTML:
     return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
-def grid_of_bits(ax: Axes, patterns: Sequence[int], names: Sequence[str], fields: Sequence[tuple[int, str]]) -> None:
-    """Draw bit patterns as rows of squares, filled where a bit is set.
+def hits(ax: Axes, found: npt.NDArray[np.bool_], rows: Sequence[str], columns: Sequence[str]) -> None:
+    """Draw a table of what was found: a filled field for a hit, an empty one for a miss.
 
     Args:
         ax: Where to draw.
-        patterns: The patterns, the most significant bit on the left.
-        names: A name for each row.
-        fields: Width in bits and colour of each field, from the left.
+        found: bool array, one row per name in ``rows`` and one column per name in ``columns``.
+        rows: Names of the rows.
+        columns: Names of the columns.
     """
-    width = sum(bits for bits, _ in fields)
-    colours = [colour for bits, colour in fields for _ in range(bits)]
-    for row, (pattern, name) in enumerate(zip(patterns, names, strict=True)):
-        for i, colour in enumerate(colours):
-            is_set = pattern >> (width - 1 - i) & 1
-            ax.add_patch(
-                matplotlib.patches.Rectangle(
-                    (i + 0.06, -row - 0.44), 0.88, 0.88, facecolor=colour if is_set else "none", edgecolor=colour
-                )
-            )
-        ax.text(-0.3, -row, name, ha="right", va="center", color=INK, fontsize=9)
-    ax.set(xlim=(-0.2, width + 0.2), ylim=(-len(patterns) + 0.4, 0.6), aspect="equal")
-    ax.set_axis_off()
+    for row, column in np.ndindex(found.shape):
+        hit = found[row, column]
+        place, width, height = (column - 0.46, row - 0.42), 0.92, 0.84
+        ax.add_patch(Rectangle(place, width, height, facecolor=GREEN if hit else "none", edgecolor=GREEN if hit else RED))
+        colour = "white" if hit else INK
+        ax.text(column, row, "found" if hit else "missed", ha="center", va="center_baseline", fontsize=9, color=colour)
+    ax.set_xticks(range(len(columns)), [name.replace(" ", "\n", 1) for name in columns])
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set(xlim=(-0.55, len(columns) - 0.45), ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(False)
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
 
 
 def lanes(ax: Axes, elements: npt.NDArray[Any], title: str) -> None:
-    """Draw which lane of a warp touches which element: lanes on y, elements on x, one colour per load in time.
+    """Draw which lane of a warp touches which element: lanes on y, elements on x, one colour a load.
 
     Args:
         ax: Where to draw.
@@ -131,8 +132,8 @@ def lanes(ax: Axes, elements: npt.NDArray[Any], title: str) -> None:
             it touches none.
         title: Title of the drawing.
     """
-    for load, row in enumerate(elements):
+    for row in elements:
         active = row >= 0
-        ax.plot(row[active], np.flatnonzero(active), ".", markersize=3, label=f"load {load + 1}")
+        ax.plot(row[active], np.flatnonzero(active), ".", markersize=3)
     ax.invert_yaxis()
     ax.set(title=title, xlabel="element", ylabel="lane")
