@@ -1,0 +1,1 @@
+"""Side by side with the other implementations of Lion: ``python -m benchmarks``."""
