@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lion import backends, state
+from lion import backends, checkpoints, paging
 from lion.backends import StepCoefficients
 from lion.batches import Batch, StaleBatch
-from lion.options import CHECKS, STATE_OPTIONS, check_group, kind_of
+from lion.options import STATE_OPTIONS, check_group, form_of
 from lion.overrides import GlobalOptimManager
 from lion.plan import Plan, check_parameter, parameter_name
+from lion.state import placed
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -161,54 +160,27 @@ class Lion(Optimizer):
             replaced = pre_hook(self, loaded)
             if replaced is not None:
                 loaded = replaced
-        self.__setstate__(self._converted(loaded))
+        self.__setstate__(checkpoints.converted(loaded, self.param_groups))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _converted(self, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the states and groups that a checkpoint gives this optimizer."""
-        for key in ("state", "param_groups"):
-            if key not in state_dict:
-                raise ValueError(f"Invalid state_dict: the key {key!r} is missing")
-        saved_groups = state_dict["param_groups"]
-        if [len(g["params"]) for g in saved_groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError(
-                f"Invalid state_dict: its groups hold {[len(g['params']) for g in saved_groups]} parameters; "
-                f"{[len(g['params']) for g in self.param_groups]} are needed"
-            )
-        groups = []
-        states: defaultdict[Tensor, state.State] = defaultdict(dict)
-        unread = dict(state_dict["state"])
-        overrides = GlobalOptimManager.get_instance().lookup()
-        for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            own = {key: group[key] for key in ("params", "param_names", *STATE_OPTIONS) if key in group}
-            new = {**{key: group[key] for key in CHECKS}, **deepcopy(saved), **own}
-            new.update(check_group(new))
-            groups.append(new)
-            for index, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
-                if saved_id in unread:
-                    options = {**new, **overrides.get(id(p), {})}
-                    states[p] = state.load(
-                        unread.pop(saved_id),
-                        p,
-                        kind_of(p.numel(), options),
-                        options["percentile_clipping"] < 100,
-                        parameter_name(group, number, index),
-                    )
-        if unread:
-            raise ValueError(f"Invalid state_dict: no group holds the parameter {next(iter(unread))!r} of its states")
-        return {"state": states, "param_groups": groups}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        # A copy of paged state is ordinary memory.
+        overrides = GlobalOptimManager.get_instance().lookup()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.state.get(p):
+                    form = form_of(p.numel(), {**group, **overrides.get(id(p), {})})
+                    self.state[p] = placed(self.state[p], form.paged)
 
     def _prepared(self) -> list[tuple[Batch, StepCoefficients]]:
         """Return the batches of this step, checked and ready to run."""
         manager = GlobalOptimManager.get_instance()
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         options = [[group[key] for key in STATE_OPTIONS] for group in self.param_groups]
-        signature = (manager.version, options)
+        signature = (manager.version, paging.forks(), options)
         if self._plan is not None and self._plan.fits(params, self.state, signature):
             try:
                 return self._plan.refreshed()

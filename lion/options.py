@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 STATE_OPTIONS = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
+MIN_PAGED_SIZE = 100_000
 
 
 class Kind(Enum):
@@ -20,11 +21,27 @@ class Kind(Enum):
     TENSORWISE = "8bit_tensorwise"
 
 
-def kind_of(numel: int, options: Mapping[str, Any]) -> Kind:
-    """Return how the momentum of a parameter of ``numel`` elements is kept under these options."""
+class Form(NamedTuple):
+    """What the state of a parameter looks like.
+
+    Attributes:
+        kind: How the momentum is kept.
+        clipped: Whether there is a history for percentile clipping.
+        paged: Whether momentum and absmax lie in memory that can be paged out.
+    """
+
+    kind: Kind
+    clipped: bool
+    paged: bool
+
+
+def form_of(numel: int, options: Mapping[str, Any]) -> Form:
+    """Return the form that the state of a parameter of ``numel`` elements has under these options."""
     if options["optim_bits"] == 32 or numel < options["min_8bit_size"]:
-        return Kind.FLOAT32
-    return Kind.BLOCKWISE if options["block_wise"] else Kind.TENSORWISE
+        kind = Kind.FLOAT32
+    else:
+        kind = Kind.BLOCKWISE if options["block_wise"] else Kind.TENSORWISE
+    return Form(kind, options["percentile_clipping"] < 100, options["is_paged"] and numel >= MIN_PAGED_SIZE)
 
 
 def check_value(key: str, value: Any) -> Any:

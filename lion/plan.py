@@ -14,7 +14,7 @@ import reference
 from lion import backends, state
 from lion.backends import StepCoefficients
 from lion.batches import Batch
-from lion.options import check_group, check_value, kind_of
+from lion.options import check_group, check_value, form_of
 
 Group = Mapping[str, Any]
 
@@ -66,10 +66,10 @@ class Plan:
         batches: dict[tuple[Any, ...], list[Tensor]] = {}
         for p, name, number, override in members:
             options = {**groups[number], **override}
-            kind, percentile = kind_of(p.numel(), options), options["percentile_clipping"]
-            new_states[p] = state.adapted(states.get(p), p, kind, percentile < 100, name)
+            form, percentile = form_of(p.numel(), options), options["percentile_clipping"]
+            new_states[p] = state.adapted(states.get(p), p, form, name)
             hyperparameters = tuple(override.get(key) for key in _HYPERPARAMETERS)
-            batches.setdefault((p.device, p.dtype, kind, percentile, number, hyperparameters), []).append(p)
+            batches.setdefault((p.device, p.dtype, form.kind, percentile, number, hyperparameters), []).append(p)
         states.update(new_states)
 
         self._all_states = list(states.values())

@@ -11,6 +11,8 @@ The state of a parameter has bitsandbytes' keys:
 ``new_max1``       8-bit tensor-wise: scratch of the same shape
 ``gnorm_vec``      with percentile clipping: the last 100 squared gradient norms, float32
 =================  ==================================================================================
+
+Of a paged state ``state1`` and ``absmax1`` lie in memory made by :mod:`lion.paging`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ import torch
 from torch import Tensor
 
 import reference
-from lion import functional
-from lion.options import Kind
+from lion import functional, paging
+from lion.options import Form, Kind
 
 State = dict[str, Any]
 
-
+NESTED_KEY = "__bnb_optimizer_quant_state__"
+_PAGED_KEYS = ("state1", "absmax1")
 _MOMENTUM_KEYS = {
     Kind.FLOAT32: ("state1",),
     Kind.BLOCKWISE: ("state1", "qmap1", "absmax1"),
@@ -36,28 +39,30 @@ _MOMENTUM_KEYS = {
 }
 
 
-def create(p: Tensor, kind: Kind, clipped: bool) -> State:
+def create(p: Tensor, form: Form) -> State:
     """Return the state of a parameter that has taken no step.
 
     Args:
         p: The parameter.
-        kind: How its momentum is kept.
-        clipped: Whether percentile clipping needs a history.
+        form: What its state is to look like.
+
+    Raises:
+        OSError: If there is no room or no permission for paged state.
     """
     state: State = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-    if kind is Kind.FLOAT32:
-        state["state1"] = torch.zeros(p.shape, dtype=torch.float32, device=p.device)
+    if form.kind is Kind.FLOAT32:
+        state["state1"] = _full(p.shape, 0, torch.float32, p.device, form.paged)
     else:
-        state["state1"] = torch.full(p.shape, _zero_code(), dtype=torch.uint8, device=p.device)
+        state["state1"] = _full(p.shape, _zero_code(), torch.uint8, p.device, form.paged)
         state["qmap1"] = functional.shared_dynamic_map(p.device)
-        for key, shape in _absmax_shapes(kind, p.numel()).items():
-            state[key] = torch.zeros(shape, dtype=torch.float32, device=p.device)
-    if clipped:
+        for key, shape in _absmax_shapes(form.kind, p.numel()).items():
+            state[key] = _full(torch.Size(shape), 0, torch.float32, p.device, form.paged and key in _PAGED_KEYS)
+    if form.clipped:
         state["gnorm_vec"] = _empty_history(p.device)
     return state
 
 
-def adapted(state: State | None, p: Tensor, kind: Kind, clipped: bool, name: str) -> State:
+def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
     """Return a parameter's state in the form that its options ask for: the same object where it fits already.
 
     8-bit momentum is dequantized and float32 momentum quantized, which loses precision as any quantization does.
@@ -65,24 +70,37 @@ def adapted(state: State | None, p: Tensor, kind: Kind, clipped: bool, name: str
     Args:
         state: The state; None or empty for a parameter that has taken no step.
         p: The parameter.
-        kind: How its momentum is to be kept.
-        clipped: Whether percentile clipping needs a history.
+        form: What its state is to look like.
         name: What to call the parameter in an error.
 
     Raises:
         ValueError: If the state does not fit the parameter.
+        OSError: If there is no room or no permission for paged state.
     """
     if not state:
-        return create(p, kind, clipped)
+        return create(p, form)
     check(state, p, name)
     old = kind_in(state)
-    if old is kind and clipped == ("gnorm_vec" in state):
-        return state
+    if old is form.kind and form.clipped == ("gnorm_vec" in state):
+        return placed(state, form.paged)
     new = {"step": state["step"]}
-    new.update({key: state[key] for key in _MOMENTUM_KEYS[kind]} if old is kind else _quantize(_momentum(state), kind))
-    if clipped:
+    if old is form.kind:
+        new.update({key: state[key] for key in _MOMENTUM_KEYS[old]})
+    else:
+        new.update(_quantize(_momentum(state), form.kind))
+    if form.clipped:
         new["gnorm_vec"] = state.get("gnorm_vec", _empty_history(p.device))
-    return new
+    return placed(new, form.paged)
+
+
+def placed(state: State, paged: bool) -> State:
+    """Return a state whose large tensors are in pageable memory or are not: the same object where that is so already.
+
+    Raises:
+        OSError: If there is no room or no permission for paged state.
+    """
+    tensors = {key: paging.moved(state[key], paged) for key in _PAGED_KEYS if key in state}
+    return {**state, **tensors} if any(tensors[key] is not state[key] for key in tensors) else state
 
 
 def kind_in(state: State) -> Kind:
@@ -92,15 +110,86 @@ def kind_in(state: State) -> Kind:
     return Kind.TENSORWISE if "max1" in state else Kind.BLOCKWISE
 
 
-def check(state: State, p: Tensor, name: str, block_size: int = reference.BLOCK_SIZE) -> None:
+def check(state: State, p: Tensor, name: str) -> None:
     """Raise unless a state fits its parameter: keys, dtypes, shapes, devices, contiguity.
 
     Raises:
         ValueError: Naming the parameter and the key.
     """
-    for key in ("step", "state1"):
-        if not isinstance(state.get(key), Tensor):
-            raise ValueError(f"Invalid state of {name}: {key!r} must be a tensor, not {type(state.get(key)).__name__}")
+    _check_contents(state, p, name, reference.BLOCK_SIZE)
+    for key, value in state.items():
+        if value.device != p.device or not value.is_contiguous():
+            raise ValueError(
+                f"Invalid state of {name}: {key!r} must be contiguous and on {p.device}; it is on {value.device}"
+            )
+
+
+def load(saved: object, p: Tensor, form: Form, name: str) -> State:
+    """Return a parameter's state made from a saved one, on the parameter's device and in the form of its options.
+
+    Accepts bitsandbytes' states too: a Python number as ``step``, quantization tensors nested under
+    ``__bnb_optimizer_quant_state__``, and 8-bit state whose blocks have 2048 elements.
+
+    Args:
+        saved: The saved state; not changed and not shared with the result.
+        p: The parameter.
+        form: What its state is to look like.
+        name: What to call the parameter in an error.
+
+    Raises:
+        ValueError: If the state does not fit the parameter.
+        OSError: If there is no room or no permission for paged state.
+    """
+    flat = _flattened(saved, name)
+    block_size = _saved_block_size(flat, p)
+    _check_contents(flat, p, name, block_size)
+    state = {
+        key: value.detach().to(p.device, copy=True, memory_format=torch.contiguous_format)
+        for key, value in flat.items()
+    }
+    kind = kind_in(state)
+    if kind is Kind.TENSORWISE:
+        # bitsandbytes' scratch holds what is left of an earlier step.
+        state["new_max1"] = state["max1"].clone()
+    if kind is not Kind.FLOAT32:
+        shared = functional.shared_dynamic_map(p.device)
+        if block_size != reference.BLOCK_SIZE or not torch.equal(state["qmap1"], shared):
+            try:
+                reference.quantize_thresholds(state["qmap1"].cpu().numpy())
+            except ValueError as error:
+                raise ValueError(f"Invalid state of {name}: 'qmap1' is no quantization map: {error}") from None
+            state.update(_quantize(_momentum(state, block_size), kind))
+        state["qmap1"] = shared
+    return adapted(state, p, form, name)
+
+
+def _flattened(saved: object, name: str) -> State:
+    """Return a saved state with all entries side by side and the step as a tensor."""
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"Invalid state of {name}: a dict is needed, not {type(saved).__name__}")
+    flat = dict(saved)
+    nested = flat.pop(NESTED_KEY, {})
+    if not isinstance(nested, Mapping):
+        raise ValueError(f"Invalid state of {name}: {NESTED_KEY!r} must be a dict, not {type(nested).__name__}")
+    flat.update(nested)
+    step = flat.get("step")
+    if isinstance(step, (int, float)):
+        step = torch.tensor(float(step))
+    if isinstance(step, Tensor) and step.numel() == 1:
+        flat["step"] = step = step.reshape(()).to(torch.float32)
+        if not (step >= 0 and step == step.floor() and step.isfinite()):
+            raise ValueError(f"Invalid state of {name}: 'step' is {step.item()}; a whole number from 0 up is needed")
+    return flat
+
+
+def _check_contents(state: State, p: Tensor, name: str, block_size: int) -> None:
+    """Raise unless keys, dtypes and shapes are those of a state of the parameter."""
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            found = value.layout if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"Invalid state of {name}: {key!r} must be a dense tensor, not {found}")
+    if "state1" not in state:
+        raise ValueError(f"Invalid state of {name}: the key 'state1' is missing")
     if state["state1"].dtype not in (torch.float32, torch.uint8):
         raise ValueError(
             f"Invalid state of {name}: 'state1' is {state['state1'].dtype}; torch.float32 and torch.uint8 are allowed"
@@ -108,7 +197,7 @@ def check(state: State, p: Tensor, name: str, block_size: int = reference.BLOCK_
     kind = kind_in(state)
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "step": (torch.float32, ()),
-        "state1": (torch.float32 if kind is Kind.FLOAT32 else torch.uint8, tuple(p.shape)),
+        "state1": (state["state1"].dtype, tuple(p.shape)),
     }
     if kind is not Kind.FLOAT32:
         expected["qmap1"] = (torch.float32, (256,))
@@ -118,68 +207,17 @@ def check(state: State, p: Tensor, name: str, block_size: int = reference.BLOCK_
     if "gnorm_vec" in state:
         expected["gnorm_vec"] = (torch.float32, (reference.HISTORY,))
     for key, (dtype, shape) in expected.items():
-        value = state.get(key)
-        if not isinstance(value, Tensor):
-            raise ValueError(f"Invalid state of {name}: {key!r} must be a tensor, not {type(value).__name__}")
+        if key not in state:
+            raise ValueError(f"Invalid state of {name}: the key {key!r} is missing")
+        value = state[key]
         if value.dtype != dtype or tuple(value.shape) != shape:
             raise ValueError(
                 f"Invalid state of {name}: {key!r} is {value.dtype} of shape {tuple(value.shape)}; "
                 f"{dtype} of shape {shape} is needed"
             )
-        if value.device != p.device or not value.is_contiguous():
-            raise ValueError(
-                f"Invalid state of {name}: {key!r} must be contiguous and on {p.device}; it is on {value.device}"
-            )
     unknown = [key for key in state if key not in expected]
     if unknown:
         raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r}")
-
-
-def load(saved: Mapping[str, Any], p: Tensor, kind: Kind, clipped: bool, name: str) -> State:
-    """Return a parameter's state made from a saved one, on the parameter's device and in the form of its options.
-
-    Accepts bitsandbytes' states too: a Python number as ``step``, quantization tensors nested under
-    ``__bnb_optimizer_quant_state__``, and 8-bit state whose blocks have 2048 elements.
-
-    Args:
-        saved: The saved state; not changed and not shared with the result.
-        p: The parameter.
-        kind: How its momentum is to be kept.
-        clipped: Whether percentile clipping needs a history.
-        name: What to call the parameter in an error.
-
-    Raises:
-        ValueError: If the state does not fit the parameter.
-    """
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"Invalid state of {name}: a dict is needed, not {type(saved).__name__}")
-    flat = dict(saved)
-    nested = flat.pop("__bnb_optimizer_quant_state__", None)
-    if nested is not None:
-        flat.update(nested)
-    step = flat.get("step")
-    if isinstance(step, (int, float)):
-        step = torch.tensor(float(step), dtype=torch.float32)
-    if isinstance(step, Tensor) and step.numel() == 1:
-        flat["step"] = step.reshape(()).to(torch.float32)
-    state = {
-        key: value.detach().to(p.device, copy=True, memory_format=torch.contiguous_format)
-        if isinstance(value, Tensor)
-        else value
-        for key, value in flat.items()
-    }
-    if isinstance(state.get("max1"), Tensor):
-        # bitsandbytes' scratch holds what is left of an earlier step.
-        state["new_max1"] = state["max1"].clone()
-    block_size = _saved_block_size(state, p)
-    check(state, p, name, block_size)
-    old = kind_in(state)
-    if old is not Kind.FLOAT32:
-        qmap = functional.shared_dynamic_map(p.device)
-        if block_size != reference.BLOCK_SIZE or not torch.equal(state["qmap1"], qmap):
-            state.update(_quantize(_momentum(state, block_size), old))
-        state["qmap1"] = qmap
-    return adapted(state, p, kind, clipped, name)
 
 
 def _momentum(state: State, block_size: int = reference.BLOCK_SIZE) -> Tensor:
@@ -224,6 +262,12 @@ def _absmax_shapes(kind: Kind, numel: int, block_size: int = reference.BLOCK_SIZ
     if kind is Kind.TENSORWISE:
         return {"max1": (1,), "new_max1": (1,)}
     return {"absmax1": (-(-numel // block_size),)}
+
+
+def _full(shape: torch.Size, value: int, dtype: torch.dtype, device: torch.device, paged: bool) -> Tensor:
+    if paged:
+        return paging.empty(shape, dtype, device).fill_(value)
+    return torch.full(shape, value, dtype=dtype, device=device)
 
 
 def _empty_history(device: torch.device) -> Tensor:
