@@ -19,6 +19,8 @@ from lion.options import check_group, check_value, form_of
 Group = Mapping[str, Any]
 
 _HYPERPARAMETERS = ("lr", "betas", "weight_decay")
+# Paged state updated by one kernel call, in bytes: it has to fit on a device beside everything else.
+_PORTION = 256 * 2**20
 _rounded = lru_cache(reference.coefficients)
 
 
@@ -64,12 +66,16 @@ class Plan:
 
         new_states = {}
         batches: dict[tuple[Any, ...], list[Tensor]] = {}
+        paged_bytes = 0
         for p, name, number, override in members:
             options = {**groups[number], **override}
             form, percentile = form_of(p.numel(), options), options["percentile_clipping"]
             new_states[p] = state.adapted(states.get(p), p, form, name)
             hyperparameters = tuple(override.get(key) for key in _HYPERPARAMETERS)
-            batches.setdefault((p.device, p.dtype, form.kind, percentile, number, hyperparameters), []).append(p)
+            portion = paged_bytes // _PORTION
+            paged_bytes += new_states[p]["state1"].nbytes if form.paged else 0
+            key = (form.kind, percentile, number, hyperparameters, p.device, p.dtype, portion if form.paged else None)
+            batches.setdefault(key, []).append(p)
         states.update(new_states)
 
         self._all_states = list(states.values())
@@ -79,7 +85,7 @@ class Plan:
                 groups[number],
                 {key: value for key, value in zip(_HYPERPARAMETERS, override, strict=True) if value is not None},
             )
-            for (_, _, kind, percentile, number, override), params in batches.items()
+            for (kind, percentile, number, override, *_), params in batches.items()
         ]
 
     def fits(self, params: Sequence[Tensor], states: Mapping[Tensor, state.State], signature: object) -> bool:
