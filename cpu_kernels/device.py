@@ -15,6 +15,7 @@ from typing import Any
 import llvmlite
 import llvmlite.binding
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -23,6 +24,7 @@ from numba.extending import intrinsic
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 TABLE, FLOATS, INTEGER = types.int64[::1], types.float32[::1], types.int64
+MAGNITUDE = np.uint32(0x7FFFFFFF)
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, "uint32": I32, "uint8": I8}
 MACHINE = platform.machine().lower()
@@ -59,8 +61,9 @@ def kernel(dtype: str, *arguments: types.Type) -> Callable[[Callable[..., None]]
 
 @functools.cache
 def _fingerprint() -> str:
-    features = llvmlite.binding.get_host_cpu_features().flatten()
-    machine = f"{llvmlite.binding.get_host_cpu_name()} {features} {numba.__version__} {llvmlite.__version__}"
+    processor = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
+    chosen = numba.config.CPU_NAME, numba.config.CPU_FEATURES
+    machine = f"{processor} {chosen} {numba.__version__} {llvmlite.__version__}"
     digest = hashlib.sha256(machine.encode())
     root = Path(__file__).resolve().parent.parent
     for package in ("cpu_kernels", "reference"):

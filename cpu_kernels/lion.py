@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from cpu_kernels.device import (
     FLOATS,
+    MAGNITUDE,
     TABLE,
     atomic_max_bits,
     bits_to_float,
@@ -24,7 +25,7 @@ from cpu_kernels.device import (
     store,
 )
 from cpu_kernels.pool import Int64Array, enter, leave, pull, run
-from cpu_kernels.quantization import CHUNK, MAGNITUDE, QMAP, quantize_block, stored_absmax
+from cpu_kernels.quantization import CHUNK, dequantize_block, quantize_block, stored_absmax
 from reference import BLOCK_SIZE
 
 Float32Array = npt.NDArray[np.float32]
@@ -190,8 +191,7 @@ def _update_8bit_kernel(dtype: str) -> Any:
                 size = min(BLOCK_SIZE, end - begin)
                 old = load("float32", absmax[tensor], begin // BLOCK_SIZE)
                 maximum = np.uint32(0)
-                for i in range(size):
-                    store("float32", block, i, QMAP[load("uint8", code, begin + i)])
+                dequantize_block(code + begin, size, block)
                 for i in range(size):
                     g = load(dtype, grad, begin + i) * scale
                     m = load("float32", block, i) * old
@@ -219,6 +219,7 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
 
     @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
     def move(control, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
+        block = stack(BLOCK_SIZE)
         mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
@@ -228,13 +229,17 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
             if begin == 0:
                 count_step(steps[tensor])
             maximum = np.uint32(0)
-            for i in range(begin, end):
-                g = load(dtype, grad, i) * scale
-                m = QMAP[load("uint8", code, i)] * old
-                c = beta1 * m + one_minus_beta1 * g
-                store(dtype, param, i, new_param(load(dtype, param, i), c, lr, decay))
-                m = beta2 * m + one_minus_beta2 * g
-                maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
+            while begin < end:
+                size = min(BLOCK_SIZE, end - begin)
+                dequantize_block(code + begin, size, block)
+                for i in range(size):
+                    g = load(dtype, grad, begin + i) * scale
+                    m = load("float32", block, i) * old
+                    c = beta1 * m + one_minus_beta1 * g
+                    store(dtype, param, begin + i, new_param(load(dtype, param, begin + i), c, lr, decay))
+                    m = beta2 * m + one_minus_beta2 * g
+                    maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
+                begin += size
             atomic_max_bits(new_absmax[tensor], maximum)
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
         leave(control, mode)
@@ -252,8 +257,9 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
             new = stored_absmax(float_to_bits(load("float32", new_absmax[tensor], 0)))
             while begin < end:
                 size = min(BLOCK_SIZE, end - begin)
+                dequantize_block(code + begin, size, block)
                 for i in range(size):
-                    m = QMAP[load("uint8", code, begin + i)] * old
+                    m = load("float32", block, i) * old
                     store("float32", block, i, beta2 * m + one_minus_beta2 * (load(dtype, grad, begin + i) * scale))
                 quantize_block(block, entries, size, new, code + begin)
                 begin += size

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cpu_kernels import avx512
 from cpu_kernels.device import (
     FLOATS,
     INTEGER,
+    MAGNITUDE,
     TABLE,
     bits_to_float,
     by_dtype,
@@ -23,7 +25,7 @@ from cpu_kernels.pool import enter, leave, pull, run
 from reference import create_dynamic_map, quantize_thresholds
 
 CHUNK = 16384
-MAGNITUDE, SMALLEST_NORMAL, INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x00800000), np.uint32(0x7F800000)
+SMALLEST_NORMAL, INFINITY = np.uint32(0x00800000), np.uint32(0x7F800000)
 NAN = np.float32(np.nan)
 
 # Tables are frozen into the kernels: as arguments they might alias the outputs, which stops vectorisation.
@@ -53,8 +55,22 @@ ZERO_CODE = np.uint32(127)
 
 
 @inlined
+def dequantize_block(codes: int, size: int, block: int) -> None:
+    """Write the dynamic map's values of codes, not yet scaled.
+
+    Args:
+        codes: Address of the codes.
+        size: Element count.
+        block: Address of the float32 values to write, on the stack.
+    """
+    done = dequantize_groups(codes, size, block)
+    for i in range(done, size):
+        store("float32", block, i, QMAP[load("uint8", codes, i)])
+
+
+@inlined
 def quantize_block(block: int, entries: int, size: int, absmax: np.float32, codes: int) -> None:
-    """Write the codes of the dynamic map for a block scaled by a stored absmax.
+    """Write the dynamic map's codes of a block scaled by a stored absmax.
 
     The table is looked up in a loop of its own that stores to the stack only: that loop becomes gathers, or stays
     scalar where gathers are slow, and the others vectorise either way.
@@ -71,17 +87,43 @@ def quantize_block(block: int, entries: int, size: int, absmax: np.float32, code
             store("uint8", codes, i, ZERO_CODE)
         return
     reciprocal = np.float32(1.0) / absmax
-    for i in range(size):
+    done = quantize_groups(block, size, reciprocal, codes)
+    for i in range(done, size):
         bits = np.int32(float_to_bits(load("float32", block, i) * reciprocal))
         # Ascends with the value, as a signed integer.
         order = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
         store("uint32", block, i, np.uint32(order))
         store("uint32", entries, i, np.uint32(np.int32(order >> np.int32(17)) + np.int32(8192)))
-    for i in range(size):
+    for i in range(done, size):
         store("uint32", entries, i, BUCKETS[load("uint32", entries, i)])
-    for i in range(size):
+    for i in range(done, size):
         shifted = np.uint32(load("uint32", block, i) << np.uint32(7))
         store("uint8", codes, i, np.uint32(np.uint32(load("uint32", entries, i) + shifted) >> np.uint32(24)))
+
+
+if avx512.AVAILABLE:
+
+    @inlined
+    def dequantize_groups(codes: int, size: int, block: int) -> int:
+        for i in range(size // avx512.GROUP):
+            avx512.dequantize_group(codes + i * avx512.GROUP, block + 4 * i * avx512.GROUP)
+        return size // avx512.GROUP * avx512.GROUP
+
+    @inlined
+    def quantize_groups(block: int, size: int, reciprocal: np.float32, codes: int) -> int:
+        for i in range(size // avx512.GROUP):
+            avx512.quantize_group(block + 4 * i * avx512.GROUP, reciprocal, codes + i * avx512.GROUP)
+        return size // avx512.GROUP * avx512.GROUP
+
+else:
+
+    @inlined
+    def dequantize_groups(codes: int, size: int, block: int) -> int:
+        return 0
+
+    @inlined
+    def quantize_groups(block: int, size: int, reciprocal: np.float32, codes: int) -> int:
+        return 0
 
 
 @inlined

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 import cpu_kernels
 import reference
-from cpu_kernels import pool
+from cpu_kernels import avx512, pool
 from tests import strategies
 from tests.comparing import Guarded, assert_same_bits, guarded
 
@@ -319,6 +322,13 @@ def test_codes_at_thresholds(update: str) -> None:
     )
     assert_same_bits(absmax, np.ones_like(absmax))
     assert_same_bits(codes, np.searchsorted(THRESHOLDS, grad, side="left").astype(np.uint8))
+
+
+@pytest.mark.skipif(not avx512.AVAILABLE, reason="the portable code is what the other tests ran")
+def test_portable_code_on_a_processor_with_avx512() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "8bit or thresholds", __file__]
+    result = subprocess.run(command, env={**os.environ, "NUMBA_CPU_NAME": "x86-64-v3"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 def test_flush_to_zero_of_the_caller_changes_nothing() -> None:
