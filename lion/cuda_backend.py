@@ -17,6 +17,7 @@ from cuda_kernels import launch
 from cuda_kernels.clipping import CHUNK
 from cuda_kernels.quantization import lookup_table
 from cuda_kernels.table import BLOCK_SIZE, table, work_list
+from lion import paging
 from lion.backends import DTYPES, StepCoefficients
 from lion.batches import SIZE, Batch
 from lion.options import Kind
@@ -49,9 +50,12 @@ class CudaBackend:
         memory: _Memory | None = batch.device_memory
         if memory is None:
             memory = batch.device_memory = _Memory(batch.table[SIZE], batch.device, batch.percentile < 100)
+            memory.paged = paging.paged(batch.states)
         dtype = DTYPES[batch.dtype]
         with _on(batch.device) as place:
-            if _is_capturing(batch.device):
+            if not _is_capturing(batch.device):
+                paging.prefetch(memory.paged)
+            else:
                 # A replayed graph reads this memory for as long as the process may live.
                 self._captured.append(memory)
             memory.refresh(batch, step)
@@ -122,6 +126,7 @@ class _Memory:
         self._lr = torch.empty((), dtype=torch.float64, device=device)
         self._written: tuple[Int64Array, reference.Coefficients] | None = None
         self._hosts: list[Tensor] = []
+        self.paged: list[Tensor] = []
         self.update_arguments = self.tables[0].data_ptr(), len(self.works[0])
         self.norm_arguments = self.tables[-1].data_ptr(), len(self.works[-1]), len(sizes)
 

@@ -10,11 +10,13 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from cuda_kernels import managed
 
 DIRECTORY_VARIABLE = "LION_PAGE_DIR"
 
@@ -77,20 +79,20 @@ def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor
     return tensor
 
 
-def prefetch(tensors: Iterable[Tensor]) -> None:
-    """Bring those of the CUDA tensors that are paged to their device, on torch's current stream there."""
-    paged = [tensor for tensor in tensors if tensor.is_cuda and is_paged(tensor)]
-    if paged:
-        from cuda_kernels import managed
+def paged(states: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+    """Return the tensors of some states that lie in pageable memory."""
+    return [tensor for state in states for tensor in state.values() if is_paged(tensor)]
 
-        for tensor in paged:
-            device = tensor.device.index
-            managed.prefetch(tensor.data_ptr(), tensor.nbytes, device, torch.cuda.current_stream(device).cuda_stream)
+
+def prefetch(tensors: Iterable[Tensor]) -> None:
+    """Bring paged tensors of the current CUDA device to it, on torch's current stream; nothing for CPU tensors."""
+    for tensor in tensors:
+        if tensor.is_cuda:
+            stream = torch.cuda.current_stream().cuda_stream
+            managed.prefetch(tensor.data_ptr(), tensor.nbytes, tensor.device.index, stream)
 
 
 def _managed(size: int, device: torch.device) -> Tensor:
-    from cuda_kernels import managed
-
     with torch.cuda.device(device):
         # The driver needs the device's context, which torch makes when it is first used.
         torch.cuda.current_stream().query()
