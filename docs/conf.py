@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -39,7 +40,12 @@ copybutton_prompt_is_regexp = True
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+# Notebooks run again whenever anything that they import has changed.
+sources = [p for folder in ("reference", "cpu_kernels", "cuda_kernels", "lion") for p in (ROOT / folder).rglob("*.py")]
+sources += (ROOT / "docs" / "notebooks").glob("*.py")
+digest = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(sources))).hexdigest()[:16]
 nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "docs" / "_build" / "notebooks" / digest)
 nb_execution_raise_on_error = True
 nb_execution_timeout = 240
 nb_merge_streams = True
