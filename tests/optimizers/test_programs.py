@@ -19,7 +19,7 @@ import lion
 import reference
 from tests.optimizers.support import DTYPES, QMAP, ByHand, parameter, set_gradients
 
-SIZES = (0, 1, 255, 600, 4096)
+SIZES = (0, 1, 255, 600, 4096, 100_000)  # the last one is paged where asked
 OPTIONS = {
     "optim_bits": st.sampled_from([8, 32]),
     "block_wise": st.booleans(),
