@@ -1,6 +1,6 @@
 """Lion optimizers with 32-bit and 8-bit state for PyTorch, equal to their specification bit for bit."""
 
-from lion import functional
+from lion import exchange, functional
 from lion.backends import use_backend
 from lion.optimizers import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
 from lion.overrides import GlobalOptimManager
@@ -13,6 +13,7 @@ __all__ = [
     "PagedLion",
     "PagedLion8bit",
     "PagedLion32bit",
+    "exchange",
     "functional",
     "use_backend",
 ]

@@ -87,7 +87,7 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
     if old is form.kind:
         new.update({key: state[key] for key in _MOMENTUM_KEYS[old]})
     else:
-        new.update(_quantize(_momentum(state), form.kind))
+        new.update(quantized(momentum(state), form.kind))
     if form.clipped:
         new["gnorm_vec"] = state.get("gnorm_vec", _empty_history(p.device))
     return placed(new, form.paged)
@@ -158,7 +158,7 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
                 reference.quantize_thresholds(state["qmap1"].cpu().numpy())
             except ValueError as error:
                 raise ValueError(f"Invalid state of {name}: 'qmap1' is no quantization map: {error}") from None
-            state.update(_quantize(_momentum(state, block_size), kind))
+            state.update(quantized(momentum(state, block_size), kind))
         state["qmap1"] = shared
     return adapted(state, p, form, name)
 
@@ -220,7 +220,8 @@ def _check_contents(state: State, p: Tensor, name: str, block_size: int) -> None
         raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r}")
 
 
-def _momentum(state: State, block_size: int = reference.BLOCK_SIZE) -> Tensor:
+def momentum(state: State, block_size: int = reference.BLOCK_SIZE) -> Tensor:
+    """Return the momentum in a state as float32; float32 momentum itself, no copy."""
     kind = kind_in(state)
     if kind is Kind.FLOAT32:
         return state["state1"]
@@ -231,7 +232,8 @@ def _momentum(state: State, block_size: int = reference.BLOCK_SIZE) -> Tensor:
     )
 
 
-def _quantize(momentum: Tensor, kind: Kind) -> State:
+def quantized(momentum: Tensor, kind: Kind) -> State:
+    """Return the part of a state that keeps float32 momentum in the way of a kind."""
     if kind is Kind.FLOAT32:
         return {"state1": momentum}
     shared = functional.shared_dynamic_map(momentum.device)

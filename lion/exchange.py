@@ -1,0 +1,117 @@
+"""State dicts for, and from, other projects' Lion optimizers.
+
+Checkpoints of bitsandbytes need no function to be read: ``load_state_dict`` takes them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion import state
+from lion.options import Kind
+
+StateDict = Mapping[str, Any]
+
+
+def from_exp_avg(state_dict: StateDict, drop: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a state dict for these optimizers made from that of a Lion whose momentum is called ``exp_avg``.
+
+    So are those of lion-pytorch, optimi, timm and others. ``betas`` may be given as ``beta1`` and ``beta2``. Without a
+    ``step`` it is 0, which changes no result.
+
+    Args:
+        state_dict: What the other optimizer's ``state_dict()`` returned.
+        drop: Entries of its states that may be lost, for instance ``["kahan_comp"]`` (default: none); entries that are
+            None always may.
+
+    Returns:
+        A state dict to load; momentum is float32, and loading it converts it to the optimizer's options.
+
+    Raises:
+        ValueError: If a state has no ``exp_avg``, or an entry that is neither known nor dropped, or if the weight decay
+            is not multiplied by the learning rate (``decouple_lr``).
+    """
+    states = {}
+    for saved_id, saved in state_dict["state"].items():
+        entries = {key: value for key, value in saved.items() if value is not None and key not in drop}
+        exp_avg = entries.pop("exp_avg", None)
+        if not isinstance(exp_avg, Tensor) or not exp_avg.is_floating_point():
+            raise ValueError(f"Invalid state of parameter {saved_id!r}: 'exp_avg' must be a tensor of floats")
+        step = entries.pop("step", 0)
+        if entries:
+            raise ValueError(
+                f"Invalid state of parameter {saved_id!r}: {next(iter(entries))!r} has no counterpart here; "
+                "name it in `drop` to lose it"
+            )
+        states[saved_id] = {"step": torch.tensor(float(step)), "state1": exp_avg.detach().float()}
+    groups = []
+    for number, saved in enumerate(state_dict["param_groups"]):
+        group = dict(saved)
+        if group.get("decouple_lr"):
+            raise ValueError(f"Invalid group {number}: decouple_lr=True has no counterpart here")
+        if "betas" not in group and "beta1" in group:
+            group["betas"] = (group.pop("beta1"), group.pop("beta2"))
+        groups.append(group)
+    return {"state": states, "param_groups": groups}
+
+
+def to_exp_avg(
+    state_dict: StateDict,
+    param_groups: Sequence[Mapping[str, Any]] | None = None,
+    entries: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the state dict of one of these optimizers for a Lion whose momentum is called ``exp_avg``.
+
+    Args:
+        state_dict: What ``state_dict()`` returned here.
+        param_groups: ``other.state_dict()["param_groups"]``: the options that the other optimizer wants in its groups;
+            ``lr``, ``weight_decay`` and ``betas`` (or ``beta1`` and ``beta2``) in them are replaced (default: the
+            groups have these three options only).
+        entries: What the other optimizer wants in every state besides ``exp_avg``, for instance
+            ``{"kahan_comp": None}`` for optimi (default: nothing).
+
+    Returns:
+        A state dict for the other optimizer; ``exp_avg`` is float32, which torch's loader casts to the parameter's
+        dtype. Steps and gradient norms are not in it.
+
+    Raises:
+        ValueError: If ``param_groups`` do not hold the same numbers of parameters.
+    """
+    states = {key: {"exp_avg": state.momentum(own), **(entries or {})} for key, own in state_dict["state"].items()}
+    own_groups = state_dict["param_groups"]
+    templates = [{"params": group["params"]} for group in own_groups] if param_groups is None else param_groups
+    if [len(group["params"]) for group in templates] != [len(group["params"]) for group in own_groups]:
+        raise ValueError("Invalid param_groups: they do not hold as many parameters as those of the state dict")
+    groups = []
+    for own, template in zip(own_groups, templates, strict=True):
+        group = {**template, "lr": own["lr"], "weight_decay": own["weight_decay"], "params": own["params"]}
+        beta1, beta2 = own["betas"]
+        group.update({"beta1": beta1, "beta2": beta2} if "beta1" in group else {"betas": (beta1, beta2)})
+        groups.append(group)
+    return {"state": states, "param_groups": groups}
+
+
+def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
+    """Return the state dict of one of these optimizers for bitsandbytes' class of the same name.
+
+    Momentum that is quantized tensor-wise becomes block-wise: bitsandbytes no longer has the former.
+
+    Args:
+        state_dict: What ``state_dict()`` returned here.
+
+    Returns:
+        A state dict for bitsandbytes; its tensors are the optimizer's own, except converted ones.
+    """
+    states = {}
+    for key, own in state_dict["state"].items():
+        new = dict(own, step=int(own["step"]))
+        if "max1" in own:
+            del new["max1"], new["new_max1"]
+            new.update(state.quantized(state.momentum(own), Kind.BLOCKWISE))
+        states[key] = new
+    groups = [{"eps": 0.0, **group, "lr": float(group["lr"])} for group in state_dict["param_groups"]]
+    return {"state": states, "param_groups": groups}
