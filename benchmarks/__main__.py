@@ -54,9 +54,9 @@ def main() -> int:
     skipped: dict[str, str] = {}
     try:
         with Progress(console=console, transient=True) as progress:
-            for name in options.workloads:
+            for workload in _workloads(options):
                 for dtype in options.dtypes:
-                    runs += _measure(WORKLOADS[name], dtype, device, options, remote, skipped, progress)
+                    runs += _measure(workload, dtype, device, options, remote, skipped, progress)
     finally:
         if remote is not None:
             remote.close()
@@ -75,13 +75,20 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").strip())
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="(default: all)")
+    parser.add_argument("--sizes", nargs="+", type=float, help="single tensors of so many elements instead")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=11, help="timed steps of each contestant (default: 11)")
     parser.add_argument("--only", nargs="+", default=[], help="contestants whose name contains one of these")
     parser.add_argument("--fork-python", help="Python of an environment that holds bitsandbytes-cpu-fork")
-    parser.add_argument("--out", type=Path, default=Path("benchmark-results"), help="folder to write to")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmark"), help="folder to write to")
     return parser
+
+
+def _workloads(options: argparse.Namespace) -> list[Workload]:
+    if options.sizes:
+        return [Workload(f"one tensor of {int(size):,} elements", [(int(size),)]) for size in options.sizes]
+    return [WORKLOADS[name] for name in options.workloads]
 
 
 def _measure(

@@ -179,20 +179,6 @@ def bits_to_float(typingctx, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def prefetch(typingctx, address):  # type: ignore[no-untyped-def]
-    """prefetch(address): ask for the cache line at an address, which may lie outside any tensor."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32]), "llvm.prefetch.p0"
-        )
-        builder.call(function, [builder.inttoptr(args[0], I8.as_pointer()), I32(1), I32(3), I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic
 def atomic_add(typingctx, address, value):  # type: ignore[no-untyped-def]
     """atomic_add(address, value): add to an int64 and return what was there before."""
 
