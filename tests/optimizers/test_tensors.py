@@ -307,6 +307,36 @@ def test_changed_size_is_refused(make):
 
 
 @every_kind
+@pytest.mark.parametrize("strided", [False, True])
+def test_changed_shape_is_refused(make, strided):
+    """As many elements as before, but in another order than those of the state."""
+    p = nn.Parameter(base(30, 80)[:, ::2] if strided else base(30, 40))
+    optimizer = make([p], **SMALL)
+    follow(optimizer, {p: ByHand.of(make, p, **SMALL)}, 2)
+    p.grad = None
+    p.data = base(40, 60)[:, ::2] if strided else p.data.view(40, 30)
+    p.grad = torch.ones(40, 30)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="state1"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@every_kind
+@pytest.mark.parametrize("strided", [False, True])
+def test_gradient_left_over_from_another_dtype(make, strided):
+    p = nn.Parameter(base(3000, 2)[:, 0] if strided else base(3000))
+    optimizer = make([p], **SMALL)
+    follow(optimizer, {p: ByHand.of(make, p, **SMALL)}, 2)
+    p.data = base(3000, 2, dtype=torch.bfloat16)[:, 0] if strided else p.data.bfloat16()
+    assert p.grad.dtype == torch.float32
+    before = snapshot(optimizer)
+    with pytest.raises(TypeError, match="torch.float32"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@every_kind
 def test_sparse_gradient(make):
     embedding = nn.Embedding(50, 10, sparse=True)
     other = parameter(300)
