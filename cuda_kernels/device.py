@@ -17,7 +17,6 @@ import numpy as np
 from llvmlite import ir
 from numba import config, cuda
 from numba.cuda import types
-from numba.cuda.core.targetconfig import ConfigStack
 from numba.cuda.extending import intrinsic
 
 from cuda_kernels import table
@@ -35,7 +34,6 @@ _i32, _i64, _f32, _f64 = types.int32, types.int64, types.float32, types.float64
 _FLOAT, _DOUBLE, _HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 _I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _ALL_LANES = ir.Constant(_I32, 0xFFFFFFFF)
-_SM_80 = (8, 0)
 
 
 def device(function: Callable[..., Any]) -> Any:
@@ -93,8 +91,35 @@ def _store(builder: Any, address: Any, value: Any, align: int) -> None:
     builder.store(value, _pointer(builder, address, value.type), align=align)
 
 
-def _has(capability: tuple[int, int]) -> bool:
-    return bool(ConfigStack().top().compute_capability >= capability)
+def _choose(builder: Any, newer: Callable[[], Any], older: Callable[[], Any]) -> Any:
+    """Emit two versions, for compute capability 8.0 and for those before; the compiler keeps the one that fits.
+
+    Choosing here would not do: numba-cuda compiles a device function once, even for devices that differ.
+    """
+    reflect_type = ir.FunctionType(_I32, [ir.PointerType(_I8)])
+    reflect = builder.module.globals.get("__nvvm_reflect") or ir.Function(
+        builder.module, reflect_type, "__nvvm_reflect"
+    )
+    architecture = builder.call(reflect, [_string(builder, "__CUDA_ARCH")])
+    with builder.if_else(builder.icmp_unsigned(">=", architecture, ir.Constant(_I32, 800))) as (then, otherwise):
+        with then:
+            new, new_block = newer(), builder.block
+        with otherwise:
+            old, old_block = older(), builder.block
+    result = builder.phi(new.type)
+    result.add_incoming(new, new_block)
+    result.add_incoming(old, old_block)
+    return result
+
+
+def _string(builder: Any, text: str) -> Any:
+    name = f"lion_{text}"
+    value = ir.Constant(ir.ArrayType(_I8, len(text) + 1), bytearray(text.encode() + b"\0"))
+    variable = builder.module.globals.get(name)
+    if variable is None:
+        variable = ir.GlobalVariable(builder.module, value.type, name)
+        variable.initializer, variable.global_constant, variable.linkage = value, True, "internal"
+    return builder.gep(variable, [ir.Constant(_I32, 0), ir.Constant(_I32, 0)])
 
 
 # Arithmetic -----------------------------------------------------------------------------------------------------------
@@ -150,11 +175,12 @@ def _abs_max_twin(a: Any, b: Any) -> Any:
 def abs_max(builder: Any, a: Any, b: Any) -> Any:
     """Return the greater magnitude, NaN if one is NaN."""
     patterns = [builder.and_(builder.bitcast(x, _I32), ir.Constant(_I32, 0x7FFFFFFF)) for x in (a, b)]
-    if _has(_SM_80):
-        magnitudes = [builder.bitcast(pattern, _FLOAT) for pattern in patterns]
-        return _assembly(builder, "max.NaN.f32 $0, $1, $2;", _FLOAT, "=f,f,f", *magnitudes)
-    greater = builder.icmp_unsigned(">", *patterns)
-    return builder.bitcast(builder.select(greater, *patterns), _FLOAT)
+    magnitudes = [builder.bitcast(pattern, _FLOAT) for pattern in patterns]
+    return _choose(
+        builder,
+        lambda: _assembly(builder, "max.NaN.f32 $0, $1, $2;", _FLOAT, "=f,f,f", *magnitudes),
+        lambda: builder.select(builder.icmp_unsigned(">", *patterns), *magnitudes),
+    )
 
 
 # Bits -----------------------------------------------------------------------------------------------------------------
@@ -374,26 +400,38 @@ def _pair_twin(dtype: Any) -> Callable[[Any, Any], Any]:
 @_intrinsic(_u32(_f32, _f32), _pair_twin(np.float16))
 def to_half_pair(builder: Any, low: Any, high: Any) -> Any:
     """Return two float32 rounded to float16, packed into 32 bits."""
-    if _has(_SM_80):
-        return _assembly(builder, "cvt.rn.f16x2.f32 $0, $1, $2;", _I32, "=r,f,f", high, low)
-    halves = [builder.zext(builder.bitcast(builder.fptrunc(x, _HALF), _I16), _I32) for x in (low, high)]
-    return builder.or_(halves[0], builder.shl(halves[1], ir.Constant(_I32, 16)))
+
+    def by_parts() -> Any:
+        halves = [builder.zext(builder.bitcast(builder.fptrunc(x, _HALF), _I16), _I32) for x in (low, high)]
+        return builder.or_(halves[0], builder.shl(halves[1], ir.Constant(_I32, 16)))
+
+    return _choose(
+        builder,
+        lambda: _assembly(builder, "cvt.rn.f16x2.f32 $0, $1, $2;", _I32, "=r,f,f", high, low),
+        by_parts,
+    )
 
 
 @_intrinsic(_u32(_f32, _f32), _pair_twin(ml_dtypes.bfloat16))
 def to_bfloat16_pair(builder: Any, low: Any, high: Any) -> Any:
     """Return two float32 rounded to bfloat16, packed into 32 bits."""
-    if _has(_SM_80):
-        return _assembly(builder, "cvt.rn.bf16x2.f32 $0, $1, $2;", _I32, "=r,f,f", high, low)
-    rounded = []
-    for x in (low, high):
-        pattern = builder.bitcast(x, _I32)
-        odd = builder.and_(builder.lshr(pattern, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
-        nearest = builder.add(builder.add(pattern, ir.Constant(_I32, 0x7FFF)), odd)
-        nan = builder.fcmp_unordered("uno", x, x)
-        rounded.append(builder.select(nan, ir.Constant(_I32, 0x7FC00000), nearest))
-    high_bits = builder.and_(rounded[1], ir.Constant(_I32, 0xFFFF0000))
-    return builder.or_(builder.lshr(rounded[0], ir.Constant(_I32, 16)), high_bits)
+
+    def by_integers() -> Any:
+        rounded = []
+        for x in (low, high):
+            pattern = builder.bitcast(x, _I32)
+            odd = builder.and_(builder.lshr(pattern, ir.Constant(_I32, 16)), ir.Constant(_I32, 1))
+            nearest = builder.add(builder.add(pattern, ir.Constant(_I32, 0x7FFF)), odd)
+            nan = builder.fcmp_unordered("uno", x, x)
+            rounded.append(builder.select(nan, ir.Constant(_I32, 0x7FC00000), nearest))
+        high_bits = builder.and_(rounded[1], ir.Constant(_I32, 0xFFFF0000))
+        return builder.or_(builder.lshr(rounded[0], ir.Constant(_I32, 16)), high_bits)
+
+    return _choose(
+        builder,
+        lambda: _assembly(builder, "cvt.rn.bf16x2.f32 $0, $1, $2;", _I32, "=r,f,f", high, low),
+        by_integers,
+    )
 
 
 # Warps ----------------------------------------------------------------------------------------------------------------
@@ -435,12 +473,21 @@ def shuffle_xor_f64(builder: Any, value: Any, mask: Any) -> Any:
 @_intrinsic(_u32(_u32), lambda value: max(_exchange_twin(value, lambda lane: list(range(32)))))
 def warp_max_u32(builder: Any, value: Any) -> Any:
     """Return the greatest ``value`` of the warp; all lanes take part."""
-    if _has(_SM_80):
-        return _assembly(builder, "redux.sync.max.u32 $0, $1, $2;", _I32, "=r,r,r", value, _ALL_LANES, side_effect=True)
-    for mask in (16, 8, 4, 2, 1):
-        other = _shuffle_xor(builder, value, ir.Constant(_I32, mask))
-        value = builder.select(builder.icmp_unsigned(">", other, value), other, value)
-    return value
+
+    def by_shuffles() -> Any:
+        greatest = value
+        for mask in (16, 8, 4, 2, 1):
+            other = _shuffle_xor(builder, greatest, ir.Constant(_I32, mask))
+            greatest = builder.select(builder.icmp_unsigned(">", other, greatest), other, greatest)
+        return greatest
+
+    return _choose(
+        builder,
+        lambda: _assembly(
+            builder, "redux.sync.max.u32 $0, $1, $2;", _I32, "=r,r,r", value, _ALL_LANES, side_effect=True
+        ),
+        by_shuffles,
+    )
 
 
 @_intrinsic(_void(), lambda: threading.current_thread().syncthreads())  # type: ignore[attr-defined]

@@ -15,6 +15,16 @@ from typing import Any, NamedTuple
 
 Capability = tuple[int, int]
 
+CAPABILITIES: list[Capability] = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+DTYPES = ("float32", "float16", "bfloat16")
+KERNELS: list[tuple[str, str | None]] = [
+    *((name, dtype) for name in ("update_32bit", "update_8bit_blockwise") for dtype in DTYPES),
+    *((name, dtype) for name in ("measure_tensorwise", "update_tensorwise", "partial_norms") for dtype in DTYPES),
+    *((name, dtype) for name in ("quantize_blockwise", "dequantize_blockwise") for dtype in DTYPES),
+    *((name, None) for name in ("begin_tensorwise", "end_tensorwise", "squared_norm", "percentile_clipping")),
+]
+"""Every kernel: name and dtype as :func:`cuda_kernels.launch.kernel` takes them."""
+
 
 class Binary(NamedTuple):
     """What the assembler made of a kernel."""
@@ -155,12 +165,12 @@ def disassemble(cubin: bytes) -> list[Instruction]:
 
 
 def main_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """Return the instructions of the innermost loop that holds a 128-bit load and a store to global memory."""
+    """Return the instructions of the innermost loop that loads 128 bits from global memory and computes float32."""
     loops = []
     for instruction in instructions:
         if instruction.target is not None and instruction.target < instruction.offset:
             body = [i for i in instructions if instruction.target <= i.offset <= instruction.offset]
             names = [i.name for i in body]
-            if any(n.startswith("LDG") and ".128" in n for n in names) and any(n.startswith("STG") for n in names):
+            if any(n.startswith("LDG") and ".128" in n for n in names) and "FMUL" in names:
                 loops.append(body)
     return min(loops, key=len)

@@ -1,0 +1,89 @@
+"""What the compiler makes of the kernels: one rounding per operation, no float64, no spills, wide accesses.
+
+Both routes are read: the PTX, and the machine code that link-time optimisation makes, which is what a GPU gets.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from cuda_kernels import launch
+from tests.compiled import building
+
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+
+USUAL = [(7, 5), (9, 0), (12, 0)]
+CAPABILITIES = [
+    pytest.param(capability, id=f"{capability[0]}.{capability[1]}")
+    if capability in USUAL
+    else pytest.param(capability, id=f"{capability[0]}.{capability[1]}", marks=pytest.mark.exhaustive)
+    for capability in building.CAPABILITIES
+]
+KERNELS = [pytest.param(name, dtype, id=f"{name}-{dtype}") for name, dtype in building.KERNELS]
+
+# The total of the partial norms is the one place where float64 is specified.
+FLOAT64 = {"squared_norm", "percentile_clipping"}
+FLOAT64_OPERATIONS = {"add.rn.f64", "cvt.f64.f32", "cvt.rn.f32.f64", "mov.f64", "selp.f64"}
+WIDE_LOADS = {"update_32bit", "update_8bit_blockwise", "measure_tensorwise", "update_tensorwise", "partial_norms"}
+WIDE_STORES = {"update_32bit", "update_8bit_blockwise", "update_tensorwise"}
+DIVIDING = {"update_8bit_blockwise", "update_tensorwise", "quantize_blockwise", "percentile_clipping"}
+
+
+def operations(ptx: str) -> set[str]:
+    return set(re.findall(r"^\s*(?:\{\s*)?(?:@!?%p\d+ )?([a-z][a-z0-9]*(?:\.\w+)*(?:::\w+)*(?:\.\w+)*)\s", ptx, re.M))
+
+
+def in_loops(ptx: str) -> str:
+    """Return the lines that lie between a label and a jump back to it."""
+    lines = ptx.splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\$\w+):", line))}
+    inside: set[int] = set()
+    for i, line in enumerate(lines):
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
+        if jump and labels[jump[1]] < i:
+            inside.update(range(labels[jump[1]], i))
+    return "\n".join(lines[i] for i in sorted(inside))
+
+
+@pytest.mark.parametrize(("name", "dtype"), KERNELS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_ptx(capability: building.Capability, name: str, dtype: str | None) -> None:
+    ptx = building.ptx(launch.kernel(name, dtype), capability)
+    found, repeated = operations(ptx), operations(in_loops(ptx))
+    assert repeated, "no loop was found"
+    assert {op for op in found if op.startswith(("ld.global", "st.global"))}, "the pattern finds nothing"
+    rounding = {op for op in found if re.match(r"(add|sub|mul|div|rcp|sqrt)\.(?!rn\.).*f32", op)}
+    assert not rounding, "rounded otherwise, or open to contraction"
+    assert not {op for op in found if op.startswith(("fma", "mad")) and op.endswith(("f32", "f64"))}
+    assert not {op for op in found if ".ftz" in op or ".approx" in op or ".full" in op}
+    assert {op for op in found if "f64" in op} <= (FLOAT64_OPERATIONS if name in FLOAT64 else set())
+    assert not {op for op in found if ".local" in op}
+    assert not {op for op in repeated if re.match(r"(div|rem)\..*64", op)}, "64-bit division in a loop"
+    assert not {op for op in found if op.startswith("call")}, "something was not inlined"
+    assert name not in WIDE_LOADS or {op for op in found if re.match(r"ld\.global\.v4\.\w32", op)}
+    assert name not in WIDE_STORES or {op for op in found if re.match(r"st\.global\.v4\.\w32", op)}
+
+
+@pytest.mark.parametrize(("name", "dtype"), KERNELS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_machine_code(capability: building.Capability, name: str, dtype: str | None) -> None:
+    kernel = launch.kernel(name, dtype)
+    for route in ("assembled", "link-time optimised"):
+        if route == "assembled":
+            binary = building.assemble(building.ptx(kernel, capability), capability)
+        else:
+            binary = building.link_time_optimized(kernel, capability)
+        assert binary.registers > 0, "the assembler's report was not understood"
+        assert (binary.spill_bytes, binary.stack_bytes) == (0, 0), route
+        if building.nvdisasm() is None:
+            pytest.skip("nvdisasm was not found; `pip install nvidia-cuda-nvdisasm` brings it")
+        names = {instruction.name for instruction in building.disassemble(binary.cubin)}
+        assert any(op.startswith("LDG") for op in names), "the disassembly was not understood"
+        assert not {op for op in names if op.startswith(("LDL", "STL"))}, route
+        assert name in FLOAT64 or not {op for op in names if re.match(r"D(ADD|MUL|FMA|SETP)|F2F\.F(64|32\.F64)", op)}
+        # A division is made of fused operations; nothing else may be.
+        assert name in DIVIDING or not {op for op in names if op.startswith("FFMA")}, route
+        assert name not in WIDE_LOADS or {op for op in names if op.startswith("LDG") and ".128" in op}, route
+        assert name not in WIDE_STORES or {op for op in names if op.startswith("STG") and ".128" in op}, route
