@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -54,7 +53,9 @@ def traffic(
         def access(address: Any, *values: Any) -> Any:
             for array, (begin, end) in ranges.items():
                 if begin <= address < end:
-                    touched[array, "read" if name.startswith("load") else "written", int(address)] = ACCESSES[name]
+                    touched[array, "read" if name.startswith("load") else "written", int(address)] = ACCESSES[
+                        name
+                    ]
             return function(address, *values)
 
         return access
@@ -89,7 +90,12 @@ def compiled(sources: Mapping[str, str], kernels: Mapping[str, tuple[str, int]])
         request = json.dumps({"sources": list(sources.values()), "kernels": dict(kernels)})
         environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(ROOT)}
         result = subprocess.run(
-            [sys.executable, __file__], input=request, capture_output=True, text=True, cwd=ROOT, env=environment
+            [sys.executable, __file__],
+            input=request,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
         )
         if result.returncode == 0:
             return json.loads(result.stdout.splitlines()[-1])
@@ -111,7 +117,6 @@ def _main() -> None:
         Path(folder, "stages.py").write_text(header + "\n\n".join(request["sources"]))
         sys.path.insert(0, folder)
         import stages
-
         from tests.compiled import building
 
         counts = {}
@@ -122,7 +127,10 @@ def _main() -> None:
 
             def widest(prefix: str, names: list[str] = names) -> int:
                 found = [n for n in names if n.startswith(prefix)]
-                sizes = [int(m[0]) if (m := re.findall(r"\b(64|128)\b", n)) else 8 if "U8" in n else 32 for n in found]
+                sizes = [
+                    int(m[0]) if (m := re.findall(r"\b(64|128)\b", n)) else 8 if "U8" in n else 32
+                    for n in found
+                ]
                 return max(sizes, default=0)
 
             counts[name] = {

@@ -111,9 +111,21 @@ def hits(ax: Axes, found: npt.NDArray[np.bool_], rows: Sequence[str], columns: S
     for row, column in np.ndindex(found.shape):
         hit = found[row, column]
         place, width, height = (column - 0.46, row - 0.42), 0.92, 0.84
-        ax.add_patch(Rectangle(place, width, height, facecolor=GREEN if hit else "none", edgecolor=GREEN if hit else RED))
+        ax.add_patch(
+            Rectangle(
+                place, width, height, facecolor=GREEN if hit else "none", edgecolor=GREEN if hit else RED
+            )
+        )
         colour = "white" if hit else INK
-        ax.text(column, row, "found" if hit else "missed", ha="center", va="center_baseline", fontsize=9, color=colour)
+        ax.text(
+            column,
+            row,
+            "found" if hit else "missed",
+            ha="center",
+            va="center_baseline",
+            fontsize=9,
+            color=colour,
+        )
     ax.set_xticks(range(len(columns)), [name.replace(" ", "\n", 1) for name in columns])
     ax.set_yticks(range(len(rows)), rows)
     ax.set(xlim=(-0.55, len(columns) - 0.45), ylim=(len(rows) - 0.5, -0.5))
