@@ -1,0 +1,130 @@
+"""The built pages: links lead somewhere, nothing comes from elsewhere, a browser shows them without trouble.
+
+`tox -e docs` builds the pages and sets LION_DOCS_HTML to their folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+SITE = Path(os.environ.get("LION_DOCS_HTML", ""))
+pytestmark = pytest.mark.skipif(not os.environ.get("LION_DOCS_HTML"), reason="LION_DOCS_HTML names no built site")
+
+
+class Page(HTMLParser):
+    """The links, the resources and the anchors of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.resources: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = {key: value or "" for key, value in attributes}
+        self.anchors.update(values[key] for key in ("id", "name") if key in values)
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        elif tag in ("script", "img", "iframe", "source") and "src" in values:
+            self.resources.append(values["src"])
+        elif tag == "link" and "href" in values and values.get("rel") not in ("canonical", "next", "prev"):
+            self.resources.append(values["href"])
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[Path, Page]:
+    return {path: Page(path) for path in sorted(SITE.resolve().rglob("*.html"))}
+
+
+def test_pages_are_there(pages: dict[Path, Page]) -> None:
+    names = {path.name for path in pages}
+    assert {"index.html", "eight-bits.html", "lion.html", "faq.html", "search.html"} <= names
+
+
+def test_links_lead_somewhere(pages: dict[Path, Page]) -> None:
+    broken = []
+    for path, page in pages.items():
+        for link in page.links + page.resources:
+            parts = urlsplit(link)
+            if parts.scheme in ("http", "https", "mailto", "data"):
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            if not target.exists():
+                broken.append(f"{path.name}: {link}")
+            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
+                broken.append(f"{path.name}: {link} (no such anchor)")
+    assert not broken
+
+
+def test_nothing_is_loaded_from_elsewhere(pages: dict[Path, Page]) -> None:
+    remote = [f"{path.name}: {r}" for path, page in pages.items() for r in page.resources if urlsplit(r).netloc]
+    styles = [f"{p.name}" for p in SITE.rglob("*.css") if "@import" in p.read_text() or "url(http" in p.read_text()]
+    assert not remote and not styles
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium here")
+    quiet = ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as running:
+        instance = running.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--no-first-run", *quiet]
+        )
+        yield instance
+        instance.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_in_a_browser(browser: Any, pages: dict[Path, Page], scheme: str, width: int) -> None:
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+    page = context.new_page()
+    trouble: list[str] = []
+    page.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else trouble.append(r.url))
+    for path in pages:
+        if "_modules" in path.parts:
+            continue
+        page.goto(path.as_uri())
+        beyond = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        if beyond > 0:
+            trouble.append(f"{path.name} is {beyond} pixels wider than the window")
+        background, text = page.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+            ".map(c => c.match(/[0-9.]+/g).slice(0, 3).reduce((sum, x) => sum + +x, 0) / 3)"
+        )
+        if (background > text) is not (scheme == "light") or abs(background - text) < 120:
+            trouble.append(f"{path.name}: {scheme} has a background of {background:.0f} and text of {text:.0f}")
+    context.close()
+    assert not trouble
+
+
+def test_search_finds_a_page(browser: Any) -> None:
+    page = browser.new_page()
+    page.goto((SITE.resolve() / "search.html").as_uri() + "?q=percentile")
+    page.wait_for_selector("#search-results li a", timeout=10_000)
+    assert "clipping" in page.inner_text("#search-results").lower()
+    page.close()
+
+
+def test_navigation_reaches_a_notebook(browser: Any) -> None:
+    page = browser.new_context(viewport={"width": 390, "height": 900}).new_page()
+    page.goto((SITE.resolve() / "index.html").as_uri())
+    page.locator(".mobile-header label[for=__navigation]").click()
+    page.locator(".sidebar-tree a", has_text="Notebooks").click()
+    page.locator("article a", has_text="Eight bits are enough").first.click()
+    assert page.url.endswith("notebooks/eight-bits.html")
+    page.close()
