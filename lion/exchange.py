@@ -81,7 +81,10 @@ def to_exp_avg(
     Raises:
         ValueError: If ``param_groups`` do not hold the same numbers of parameters.
     """
-    states = {key: {"exp_avg": state.momentum(own), **(entries or {})} for key, own in state_dict["state"].items()}
+    # torch's loader would share a tensor that needs no cast.
+    states = {
+        key: {"exp_avg": state.momentum(own).clone(), **(entries or {})} for key, own in state_dict["state"].items()
+    }
     own_groups = state_dict["param_groups"]
     templates = [{"params": group["params"]} for group in own_groups] if param_groups is None else param_groups
     if [len(group["params"]) for group in templates] != [len(group["params"]) for group in own_groups]:

@@ -158,8 +158,10 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
                 reference.quantize_thresholds(state["qmap1"].cpu().numpy())
             except ValueError as error:
                 raise ValueError(f"Invalid state of {name}: 'qmap1' is no quantization map: {error}") from None
-            state.update(quantized(momentum(state, block_size), kind))
-        state["qmap1"] = shared
+            as_float = {"state1": momentum(state, block_size)}
+            state = {**as_float, **{key: state[key] for key in ("step", "gnorm_vec") if key in state}}
+        else:
+            state["qmap1"] = shared
     return adapted(state, p, form, name)
 
 

@@ -16,6 +16,17 @@ import lion
 import reference
 from tests import strategies
 from tests.comparing import assert_same_bits
+from tests.interop.training import (
+    MORE_STEPS,
+    OPTIONS,
+    SMALL,
+    STEPS,
+    assert_close,
+    make_params,
+    restore,
+    snapshot,
+    train,
+)
 from tests.optimizers.support import ByHand, every_dtype, parameter, set_gradients
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -161,14 +172,30 @@ def test_layout_of_its_checkpoints():
     assert_same_bits(optimizer.state[theirs[0]]["qmap1"], MAP)
 
 
-@pytest.mark.parametrize("cls", ["Lion", "Lion8bit"])
-def test_our_checkpoints_load_there(cls):
-    (ours, optimizer), (theirs, their_optimizer) = pair(cls, torch.float32, lr=1e-3)
-    for seed in range(3):
-        set_gradients(ours, seed)
-        optimizer.step()
-    their_optimizer.load_state_dict(optimizer.state_dict())
-    for p, q in zip(ours, theirs, strict=True):
-        for key in ("state1", "absmax1"):
-            if key in optimizer.state[p]:
-                assert_same_bits(their_optimizer.state[q][key], optimizer.state[p][key], what=key)
+@every_dtype
+@pytest.mark.parametrize("cls", ["Lion", "Lion8bit", "PagedLion", "PagedLion8bit"])
+def test_our_checkpoints_load_there_and_training_goes_on(cls, dtype):
+    params = make_params(str(dtype).removeprefix("torch."))
+    optimizer = getattr(lion, cls)(params, **OPTIONS, **SMALL)
+    train(optimizer, params, 0, STEPS)
+    theirs = restore(snapshot(params))
+    their_optimizer = getattr(bnb.optim, cls)(theirs, **SMALL)
+    their_optimizer.load_state_dict(lion.exchange.to_bitsandbytes(optimizer.state_dict()))
+    assert {key: their_optimizer.param_groups[0][key] for key in OPTIONS} == OPTIONS
+    for p, q in zip(params, theirs, strict=True):
+        for key in optimizer.state[p].keys() - {"step"}:
+            assert_same_bits(their_optimizer.state[q][key], optimizer.state[p][key], what=key)
+    train(optimizer, params, STEPS, MORE_STEPS)
+    train(their_optimizer, theirs, STEPS, MORE_STEPS)
+    assert_close(params, list(optimizer.state.values()), theirs, list(their_optimizer.state.values()))
+
+
+def test_tensorwise_state_becomes_blockwise_there():
+    params = make_params("float32")
+    optimizer = lion.Lion8bit(params, block_wise=False, **OPTIONS, **SMALL)
+    train(optimizer, params, 0, STEPS)
+    theirs = restore(snapshot(params))
+    their_optimizer = bnb.optim.Lion8bit(theirs, **SMALL)
+    their_optimizer.load_state_dict(lion.exchange.to_bitsandbytes(optimizer.state_dict()))
+    train(their_optimizer, theirs, STEPS, MORE_STEPS)
+    assert all(torch.isfinite(p).all() for p in theirs)
