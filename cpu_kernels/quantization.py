@@ -130,10 +130,10 @@ else:
 def threshold_code(x: np.float32, thresholds: npt.NDArray[np.float32]) -> np.uint32:
     """Return the number of ascending thresholds (of 255) strictly below ``x``."""
     code = np.uint32(0)
-    for shift in range(8):
-        half = np.uint32(np.uint32(128) >> np.uint32(shift))
-        if thresholds[np.uint32(code + half) - np.uint32(1)] < x:
-            code = np.uint32(code + half)
+    for shift in range(7, -1, -1):
+        # Arithmetic, because half of all branches would be mispredicted.
+        above = np.uint32(thresholds[np.uint32(code + np.uint32((1 << shift) - 1))] < x)
+        code = np.uint32(code + np.uint32(above << np.uint32(shift)))
     return code
 
 
