@@ -92,9 +92,16 @@ def test_update(kind: str, dtype: str, data: st.DataObject, hyper: object, scale
     cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled)
 
 
+@pytest.mark.parametrize("maximum", cases.MAXIMA)
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_codes_at_thresholds(kind: str) -> None:
-    cases.check_codes_at_thresholds(MEMORY, kind)
+def test_codes_at_thresholds(kind: str, maximum: np.float32) -> None:
+    cases.check_codes_at_thresholds(MEMORY, kind, maximum)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_beyond_32_bits(kind: str, dtype: str) -> None:
+    cases.check_beyond_32_bits(MEMORY, kind, dtype)
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)

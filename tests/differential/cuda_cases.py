@@ -89,14 +89,24 @@ def _expected(kind: str, old: dict[str, Array], k: reference.Coefficients, scale
 
 
 def check_update(
-    memory: Memory, kind: str, dtype: str, drawn: list[dict[str, tuple[Array, int]]], hyper: Any, scaled: bool
+    memory: Memory,
+    kind: str,
+    dtype: str,
+    drawn: list[dict[str, tuple[Array, int]]],
+    hyper: Any,
+    scaled: bool,
+    missing: int = 0,
 ) -> None:
-    """Launch one of the updates and compare all of its tensors."""
+    """Launch one of the updates and compare all of its tensors.
+
+    The first ``missing`` elements of each, a multiple of 256, are not there, and no work item touches them: so the
+    rest of a tensor too large for memory is reached through the addresses the whole would have.
+    """
     k = reference.coefficients(*hyper)
     before = [{name: array for name, (array, _) in tensor.items()} for tensor in drawn]
     buffers = [{name: memory.put(*part) for name, part in tensor.items()} for tensor in drawn]
     sizes = np.array([old["param"].size for old in before], np.int64)
-    items = work_list(sizes, 256, memory.resident_blocks)
+    items = work_list(sizes, 256, memory.resident_blocks) + [0, missing // 256, missing // 256]
     work, lookup = memory.put(items), memory.put(lookup_table())
     columns = {
         "params": "param",
@@ -112,8 +122,18 @@ def check_update(
     }
     if not scaled:
         del addresses["scales"]
+    addresses["params"] -= missing * strategies.FLOAT_DTYPES[dtype].itemsize
+    addresses["grads"] -= missing * strategies.FLOAT_DTYPES[dtype].itemsize
+    addresses["states"] -= missing * (4 if kind == "update_32bit" else 1)
+    if kind == "update_8bit_blockwise":
+        addresses["absmax"] -= missing // 256 * 4
     words = table(
-        np.array(k, np.float32), sizes, work=work.address, items=len(items), lookup=lookup.address, **addresses
+        np.array(k, np.float32),
+        sizes + missing,
+        work=work.address,
+        items=len(items),
+        lookup=lookup.address,
+        **addresses,
     )
     place = memory.put(words)
     counts = (len(items), len(sizes)) if kind == "update_8bit_tensorwise" else (len(items),)
@@ -126,14 +146,14 @@ def check_update(
         assert_same_bits(buffer.read(), values, what="table")
 
 
-def check_codes_at_thresholds(memory: Memory, kind: str) -> None:
-    """With beta2 = 0 and absmax 1 the new momentum is the gradient, and its own quotient."""
+def check_codes_at_thresholds(memory: Memory, kind: str, maximum: np.float32) -> None:
+    """With beta2 = 0 the new momentum is the gradient; here it lies at and around every threshold times ``maximum``."""
     order = reference.quantize_thresholds(QMAP).view(np.int32)
-    order = (order ^ ((order >> 31) & 0x7FFFFFFF))[:, None] + np.arange(-1, 2, dtype=np.int32)
+    order = (order ^ ((order >> 31) & 0x7FFFFFFF))[:, None] + np.arange(-2, 3, dtype=np.int32)
     order = order.reshape(-1)
-    x = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32)
+    x = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32) * maximum
     x = np.pad(x, (0, -x.size % 255)).reshape(-1, 255)
-    grad = np.concatenate([np.ones((len(x), 1), np.float32), x], axis=1).reshape(-1)
+    grad = np.concatenate([np.full((len(x), 1), maximum), x], axis=1).reshape(-1)
     tensor = {
         "param": (np.zeros_like(grad), 0),
         "grad": (grad, 0),
@@ -144,6 +164,29 @@ def check_codes_at_thresholds(memory: Memory, kind: str) -> None:
         "scale": (np.ones(1, np.float32), 0),
     }
     check_update(memory, kind, "float32", [tensor], (1e-4, (0.0, 0.0), 0.0), False)
+
+
+# Greatest magnitudes of a block: ordinary, extreme, and with a reciprocal that is denormal.
+MAXIMA = [np.float32(x) for x in (1.0, 0.7, 2.0**-126, 1.2e-38, 3.4e-5, 2.0**22, 2.0**126, 3.4028235e38)]
+
+
+def check_beyond_32_bits(memory: Memory, kind: str, dtype: str) -> None:
+    """The last 300 elements of a tensor of more than 2**33, reached by 128-bit accesses and element by element."""
+    blocks = 1 if kind == "update_8bit_tensorwise" else 2
+    tensor = {
+        "param": (strategies.make_floats("gradients", dtype, 300, 1), 0),
+        "grad": (strategies.make_floats("gradients", dtype, 300, 2), 0),
+        "momentum": (strategies.make_floats("gradients", "float32", 300, 3), 0),
+        "codes": (strategies.make_codes(300, 4), 0),
+        "absmax": (np.full(blocks, 0.01, np.float32), 0),
+        "new_absmax": (np.zeros(1, np.float32), 0),
+        "step": (np.zeros(1, np.float32), 0),
+        "scale": (np.ones(1, np.float32), 0),
+    }
+    # No item begins at block 0, so that none but the tensor-wise update's first kernel counts the step.
+    if kind != "update_8bit_tensorwise":
+        tensor["step"] = (np.full(1, 2.0**24, np.float32), 0)
+    check_update(memory, kind, dtype, [tensor], (1e-3, (0.9, 0.99), 0.1), True, missing=2**33)
 
 
 def check_squared_norm(memory: Memory, dtype: str, grads: list[tuple[Array, int]]) -> None:

@@ -76,9 +76,16 @@ def test_large_update(kind: str, dtype: str) -> None:
     cases.check_update(MEMORY, kind, dtype, [tensor], (1e-3, (0.9, 0.99), 0.1), True)
 
 
+@pytest.mark.parametrize("maximum", cases.MAXIMA)
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_codes_at_thresholds(kind: str) -> None:
-    cases.check_codes_at_thresholds(MEMORY, kind)
+def test_codes_at_thresholds(kind: str, maximum: np.float32) -> None:
+    cases.check_codes_at_thresholds(MEMORY, kind, maximum)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_beyond_32_bits(kind: str, dtype: str) -> None:
+    cases.check_beyond_32_bits(MEMORY, kind, dtype)
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
