@@ -107,7 +107,7 @@ def kind_in(state: State) -> Kind:
     """Return how the momentum in a state is kept."""
     if state["state1"].dtype == torch.float32:
         return Kind.FLOAT32
-    return Kind.TENSORWISE if "max1" in state else Kind.BLOCKWISE
+    return Kind.TENSORWISE if "max1" in state or "new_max1" in state else Kind.BLOCKWISE
 
 
 def check(state: State, p: Tensor, name: str) -> None:
