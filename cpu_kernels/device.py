@@ -53,7 +53,7 @@ def kernel(dtype: str, *arguments: types.Type) -> Callable[[Callable[..., None]]
         jit = functools.partial(numba.njit, types.void(TABLE, *arguments), nogil=True, error_model="numpy")
         try:
             return jit(cache=True)(function)
-        except RuntimeError:  # there is no folder that can be written
+        except (OSError, RuntimeError):  # there is no folder that can be written, or the disk is full
             return jit()(function)
 
     return compiled
