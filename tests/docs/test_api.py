@@ -21,6 +21,7 @@ MODULES = {
     "cuda_kernels.table": "cuda_kernels",
     "lion": "lion",
     "lion.functional": "lion",
+    "lion.exchange": "lion",
 }
 
 
