@@ -16,6 +16,7 @@ _data_ptr = Tensor.data_ptr
 _numel = Tensor.numel
 _is_contiguous = Tensor.is_contiguous
 _dtype = attrgetter("dtype")
+_shape = attrgetter("shape")
 
 # Rows of a batch's table of addresses.
 PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, HISTORY = range(8)
@@ -46,14 +47,15 @@ class Batch:
         self.device = params[0].device
         self.dtype = params[0].dtype
         self.table = np.zeros((8, len(params)), np.int64)
-        self.table[PARAM] = _addresses(params)
-        self.table[SIZE] = [p.numel() for p in params]
+        self.table[PARAM] = self._addresses = _addresses(params)
+        self.table[SIZE] = _counts(params)
         rows = {"state1": STATE, "step": STEP, "absmax1": ABSMAX, "max1": ABSMAX, "new_max1": NEW_ABSMAX}
         if percentile < 100:
             rows["gnorm_vec"] = HISTORY
-        self._state_tensors = {key: [s[key] for s in states] for key in rows if key in states[0]}
-        for key, tensors in self._state_tensors.items():
-            self.table[rows[key]] = _addresses(tensors)
+        self._state_rows = [(row, key, [s[key] for s in states]) for key, row in rows.items() if key in states[0]]
+        for row, _, tensors in self._state_rows:
+            self.table[row] = _addresses(tensors)
+        self._shapes = list(map(_shape, params))
         self._contiguous = all(map(_is_contiguous, params))
         self.operands: list[Tensor] = params
         self.gradients: Sequence[Tensor] = ()
@@ -67,29 +69,37 @@ class Batch:
             grads: The gradients, in the order of the parameters.
 
         Raises:
-            StaleBatch: If a tensor changed its dtype, size or place since the batch was made.
+            StaleBatch: If a tensor changed its dtype, shape or place since the batch was made.
         """
-        table, params = self.table, self.params
-        sizes = table[SIZE]
-        for key, tensors in self._state_tensors.items():
-            if not all(map(is_, map(itemgetter(key), self.states), tensors)):
-                raise StaleBatch
-        if not (
-            all(map(_is_contiguous, params)) is self._contiguous
-            and set(map(_dtype, grads)) == {self.dtype}
-            and np.array_equal(_counts(params), sizes)
-            and np.array_equal(_counts(grads), sizes)
-            and np.array_equal(_addresses(self._state_tensors["state1"]), table[STATE])
-            and (not self._contiguous or np.array_equal(_addresses(params), table[PARAM]))
-        ):
+        if not (self._params_fit() and self._states_fit() and self._fit(grads)):
             raise StaleBatch
+        table = self.table
         if not self._contiguous:
-            self.operands = [p.detach().contiguous() for p in params]
+            self.operands = [p.detach().contiguous() for p in self.params]
             table[PARAM] = _addresses(self.operands)
         self.gradients = grads if all(map(_is_contiguous, grads)) else [g.contiguous() for g in grads]
         table[GRAD] = _addresses(self.gradients)
-        if not table[: STATE + 1, sizes > 0].all():
+        if not table[: STATE + 1, table[SIZE] > 0].all():
             raise StaleBatch
+
+    def _params_fit(self) -> bool:
+        params = self.params
+        return (
+            set(map(_dtype, params)) == {self.dtype}
+            and list(map(_shape, params)) == self._shapes
+            and all(map(_is_contiguous, params)) is self._contiguous
+            and np.array_equal(_addresses(params), self._addresses)
+        )
+
+    def _states_fit(self) -> bool:
+        return all(
+            all(map(is_, map(itemgetter(key), self.states), tensors))
+            and np.array_equal(_addresses(tensors), self.table[row])
+            for row, key, tensors in self._state_rows
+        )
+
+    def _fit(self, grads: Sequence[Tensor]) -> bool:
+        return set(map(_dtype, grads)) == {self.dtype} and np.array_equal(_counts(grads), self.table[SIZE])
 
     def finish(self) -> None:
         """Write staged parameters back into their own storage and let go of the gradients."""

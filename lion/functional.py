@@ -167,8 +167,8 @@ def percentile_clipping(
     backend = backends.for_device(grad.device)
     grad = grad.detach().contiguous()
     scale = backend.percentile_clipping(grad, gnorm_vec, step, percentile)
-    norm = backend.squared_norm(grad).sqrt()
-    threshold = gnorm_vec.sort().values[percentile].sqrt()
+    norm = _sqrt(backend.squared_norm(grad))
+    threshold = _sqrt(gnorm_vec.sort().values[percentile])
     return norm, threshold, scale
 
 
@@ -185,7 +185,14 @@ def _checked_map(code: Tensor | None, device: torch.device) -> Tensor:
     return code.to(device)
 
 
+def _sqrt(squared: Tensor) -> Tensor:
+    # torch's float32 square root is not correctly rounded everywhere; through float64 it is.
+    return squared.double().sqrt().float()
+
+
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"Invalid {name}: layout {tensor.layout}; dense tensors are allowed")
     if tensor.dtype not in allowed:
         raise TypeError(f"Invalid {name}: {tensor.dtype}; {', '.join(map(str, allowed))} allowed")
 

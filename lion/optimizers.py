@@ -178,17 +178,22 @@ class Lion(Optimizer):
     def _prepared(self) -> list[tuple[Batch, StepCoefficients]]:
         """Return the batches of this step, checked and ready to run."""
         manager = GlobalOptimManager.get_instance()
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        options = [[group[key] for key in STATE_OPTIONS] for group in self.param_groups]
+        groups = self.param_groups
+        members = [[p for p in group["params"] if p.grad is not None] for group in groups]
+        params = [p for some in members for p in some]
+        # The plan keeps the groups that have members alive, so their ids stay theirs.
+        options = [
+            (id(group), len(some), *map(group.get, STATE_OPTIONS)) for group, some in zip(groups, members, strict=True)
+        ]
         signature = (manager.version, paging.forks(), options)
         if self._plan is not None and self._plan.fits(params, self.state, signature):
             try:
                 return self._plan.refreshed()
-            # Gradients without memory of their own raise RuntimeError; the checks of a new plan say what is wrong.
-            except (StaleBatch, RuntimeError):
+            # A tensor without memory raises RuntimeError, a state without a key KeyError; a new plan says it better.
+            except (StaleBatch, RuntimeError, KeyError):
                 pass
         self._plan = None
-        plan = Plan(self.param_groups, self.state, manager.lookup(), signature)
+        plan = Plan(groups, self.state, manager.lookup(), signature)
         try:
             prepared = plan.refreshed()
         except StaleBatch:

@@ -65,8 +65,10 @@ def check_group(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _learning_rate(key: str, lr: Any) -> float | Tensor:
     if isinstance(lr, Tensor):
-        if lr.numel() != 1 or not lr.is_floating_point():
-            raise ValueError(f"Invalid learning rate: {lr.dtype} of shape {tuple(lr.shape)}; one float is allowed")
+        if lr.numel() != 1:
+            raise ValueError(f"Tensor lr must be 1-element; its shape is {tuple(lr.shape)}")
+        if not lr.is_floating_point():
+            raise TypeError(f"Invalid learning rate: {lr.dtype}; a floating-point tensor is allowed")
         # Reading a tensor of another device would wait for that device.
         if lr.device.type == "cpu":
             _non_negative("learning rate:", lr.item())
