@@ -82,6 +82,7 @@ def row(kernel: str, dtype: str, capability: building.Capability) -> Row:
 def main() -> None:
     chosen = sys.argv[1:] or [f"{major}.{minor}" for major, minor in building.CAPABILITIES]
     capabilities = [(int(major), int(minor)) for major, minor in (name.split(".") for name in chosen)]
+    print("---\norphan: true\n---\n")
     print("# What the CUDA kernels cost, in instructions\n")
     print("Counts from the machine code that the compiler makes, by link-time optimisation, for each architecture;")
     print("not measured speed. *Instructions* are those of the main loop, with the branches for rare values, per")

@@ -1,4 +1,4 @@
-"""What the host side of the CUDA kernels makes: work lists, lookup table, names on disk, the word on what to install."""
+"""What the host side of the CUDA kernels makes: work lists, lookup table, names on disk, what it says to install."""
 
 from __future__ import annotations
 
