@@ -23,7 +23,9 @@ KINDS = {
 def made(kind, seed=0):
     """Return parameters and an optimizer of two groups that has taken three steps."""
     rng = np.random.default_rng(seed)
-    params = {name: nn.Parameter(torch.from_numpy(rng.normal(size=n)).float()) for name, n in zip("ab", SIZES, strict=True)}
+    params = {
+        name: nn.Parameter(torch.from_numpy(rng.normal(size=n)).float()) for name, n in zip("ab", SIZES, strict=True)
+    }
     groups = [{"params": [(name, p)], "lr": 1e-2 * (1 + i)} for i, (name, p) in enumerate(params.items())]
     optimizer = lion.Lion(groups, min_8bit_size=0, weight_decay=0.1, **KINDS[kind])
     for _ in range(3):

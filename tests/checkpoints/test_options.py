@@ -1,0 +1,86 @@
+"""Loading into an optimizer with other options converts the state; through files, too."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lion
+import reference
+from lion import paging
+from tests.comparing import assert_same_bits
+
+QMAP = reference.create_dynamic_map()
+SIZE = 100_300
+FORMS = {
+    "32bit": {"optim_bits": 32},
+    "blockwise": {"optim_bits": 8},
+    "tensorwise": {"optim_bits": 8, "block_wise": False},
+}
+
+
+def made(dtype=torch.float32, steps=3, **options):
+    rng = np.random.default_rng(0)
+    p = nn.Parameter(torch.from_numpy(rng.normal(size=SIZE)).to(dtype))
+    optimizer = lion.Lion([p], lr=1e-2, **options)
+    for _ in range(steps):
+        p.grad = torch.from_numpy(rng.normal(size=SIZE)).to(dtype)
+        optimizer.step()
+    return p, optimizer
+
+
+def through_a_file(saved):
+    file = io.BytesIO()
+    torch.save(saved, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+def momentum(state):
+    """Return the momentum that a state holds, computed by the reference."""
+    codes = state["state1"].numpy()
+    if codes.dtype == np.float32:
+        return codes
+    absmax, block_size = (state["absmax1"], 256) if "absmax1" in state else (state["max1"], SIZE)
+    return reference.dequantize_blockwise(codes, absmax.numpy(), QMAP, block_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("paged", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("target", FORMS)
+@pytest.mark.parametrize("source", FORMS)
+def test_conversion(source, target, paged, dtype):
+    p, old = made(dtype, is_paged=paged[0], **FORMS[source])
+    q, new = made(dtype, steps=0, is_paged=paged[1], **FORMS[target])
+    new.load_state_dict(through_a_file(old.state_dict()))
+    before, after = old.state[p], new.state[q]
+    assert_same_bits(after["step"], before["step"])
+    assert paging.is_paged(after["state1"]) == paged[1]
+    assert new.param_groups[0]["is_paged"] == paged[1]
+    if source == target:
+        for key in before:
+            assert_same_bits(after[key], before[key], what=key)
+    elif target == "32bit":
+        assert_same_bits(after["state1"], momentum(before))
+    else:
+        block_size = 256 if target == "blockwise" else SIZE
+        codes, absmax = reference.quantize_blockwise(momentum(before), QMAP, block_size)
+        assert_same_bits(after["state1"], codes)
+        assert_same_bits(after["absmax1" if target == "blockwise" else "max1"], absmax)
+    if "absmax1" in after:
+        assert paging.is_paged(after["absmax1"]) == paged[1]
+
+
+def test_clipping_that_begins_or_ends_with_a_load():
+    p, clipped = made(percentile_clipping=40)
+    q, plain = made(steps=0)
+    plain.load_state_dict(clipped.state_dict())
+    assert "gnorm_vec" not in plain.state[q]
+    r, again = made(steps=0, percentile_clipping=40)
+    again.load_state_dict(plain.state_dict())
+    assert_same_bits(again.state[r]["gnorm_vec"], torch.zeros(100))
+    again.load_state_dict(clipped.state_dict())
+    assert_same_bits(again.state[r]["gnorm_vec"], clipped.state[p]["gnorm_vec"])
