@@ -19,7 +19,7 @@ from cpu_kernels.device import FLOAT, I8, I32, I64, MAGNITUDE
 from reference import create_dynamic_map, quantize_thresholds
 
 BYTES, WORDS = ir.VectorType(I8, 64), ir.VectorType(ir.IntType(16), 32)
-INTEGERS, FLOATS16, FLAGS = ir.VectorType(I32, 16), ir.VectorType(FLOAT, 16), ir.VectorType(ir.IntType(1), 16)
+INTEGERS, FLOATS16 = ir.VectorType(I32, 16), ir.VectorType(FLOAT, 16)
 GROUP = 64
 
 # With a processor named by the user, code is generated for that one.
