@@ -43,3 +43,12 @@ def test_figures_are_checked(path: Path) -> None:
             assert "assert " in source or "assert " in previous or "lanes(" in source, source
     answers = [source for source, cell in cells(path, "code") if "hide-input" in cell["metadata"].get("tags", [])]
     assert len(answers) == 3 and all("assert " in source for source in answers)
+
+
+def test_stored_counts_are_of_the_stages() -> None:
+    code = "\n".join(source for source, _ in cells(FOLDER / "from-numpy-to-cuda.ipynb", "code"))
+    stored = json.loads((FOLDER / "compiled_counts.json").read_text())
+    assert len(stored) == 6
+    for name, counts in stored.items():
+        assert f'"{name}"' in code
+        assert set(counts) == {"instructions", "registers", "fused", "load bits", "store bits"}
