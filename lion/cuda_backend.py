@@ -70,19 +70,31 @@ class CudaBackend:
 
     def quantize_blockwise(self, values: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> None:
         thresholds = _upload(reference.quantize_thresholds(qmap.cpu().numpy()), values.device)
-        addresses = (t.data_ptr() for t in (values, codes, absmax))
         with _on(values.device) as place:
             launch.quantize_blockwise(
-                DTYPES[values.dtype], *addresses, values.numel(), thresholds.data_ptr(), block_size, *place
+                DTYPES[values.dtype],
+                values.data_ptr(),
+                codes.data_ptr(),
+                absmax.data_ptr(),
+                values.numel(),
+                thresholds.data_ptr(),
+                block_size,
+                *place,
             )
 
     def dequantize_blockwise(
         self, codes: Tensor, absmax: Tensor, values: Tensor, qmap: Tensor, block_size: int
     ) -> None:
-        addresses = (t.data_ptr() for t in (codes, absmax, values))
         with _on(values.device) as place:
             launch.dequantize_blockwise(
-                DTYPES[values.dtype], *addresses, values.numel(), qmap.data_ptr(), block_size, *place
+                DTYPES[values.dtype],
+                codes.data_ptr(),
+                absmax.data_ptr(),
+                values.data_ptr(),
+                values.numel(),
+                qmap.data_ptr(),
+                block_size,
+                *place,
             )
 
     def squared_norm(self, grad: Tensor) -> Tensor:

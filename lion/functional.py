@@ -191,8 +191,9 @@ def _sqrt(squared: Tensor) -> Tensor:
 
 
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if tensor.layout != torch.strided:
-        raise TypeError(f"Invalid {name}: layout {tensor.layout}; dense tensors are allowed")
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        found = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"Invalid {name}: {found}; a dense tensor is needed")
     if tensor.dtype not in allowed:
         raise TypeError(f"Invalid {name}: {tensor.dtype}; {', '.join(map(str, allowed))} allowed")
 

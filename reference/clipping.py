@@ -93,11 +93,11 @@ def percentile_clipping(
     return history, norm, threshold, scale
 
 
-def _fill_up(array: npt.NDArray[np.generic], multiple: int) -> npt.NDArray[np.generic]:
+def _fill_up(array: npt.NDArray[np.floating], multiple: int) -> npt.NDArray[np.floating]:
     return np.pad(array, (0, -array.size % multiple))
 
 
-def _add_pairs(lanes: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def _add_pairs(lanes: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     while lanes.shape[1] > 1:
         lanes = lanes[:, 0::2] + lanes[:, 1::2]
     return lanes[:, 0]
