@@ -30,7 +30,8 @@ class Memory:
         self.address = int(
             _checked(f"allocate {size} bytes of managed memory", *driver.cuMemAllocManaged(size, attach))
         )
-        free = weakref.finalize(self, driver.cuMemFree, self.address)
+        context = _checked("get the current context", *driver.cuCtxGetCurrent())
+        free = weakref.finalize(self, _free, context, self.address)
         # At the end of the process the driver frees everything, and may be gone already.
         free.atexit = False
 
@@ -70,6 +71,14 @@ def prefetch(address: int, size: int, device: int, stream: int) -> None:
         location.id = device
         error = driver.cuMemPrefetchAsync(address, size, location, 0, stream)
     _checked(f"prefetch {size} bytes of managed memory", *error)
+
+
+def _free(context: Any, address: int) -> None:
+    """Free managed memory, whatever thread the last reference to it goes in."""
+    driver = _driver()
+    driver.cuCtxPushCurrent(context)
+    driver.cuMemFree(address)
+    driver.cuCtxPopCurrent()
 
 
 def _driver() -> Any:

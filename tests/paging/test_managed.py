@@ -31,6 +31,7 @@ class FakeDriver:
         self.CUmemLocation = SimpleNamespace
         self.room = room
         self.calls = []
+        self.pushed = 0
 
     def cuDeviceGetAttribute(self, attribute, device):
         return CUresult.CUDA_SUCCESS, attribute
@@ -41,7 +42,20 @@ class FakeDriver:
             return CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0
         return CUresult.CUDA_SUCCESS, 0x1000 * len(self.calls)
 
+    def cuCtxGetCurrent(self):
+        return CUresult.CUDA_SUCCESS, "context"
+
+    def cuCtxPushCurrent(self, context):
+        assert context == "context"
+        self.pushed += 1
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuCtxPopCurrent(self):
+        self.pushed -= 1
+        return CUresult.CUDA_SUCCESS, "context"
+
     def cuMemFree(self, address):
+        assert self.pushed == 1
         self.calls.append(("free", address))
         return (CUresult.CUDA_SUCCESS,)
 
@@ -81,6 +95,7 @@ def test_memory_is_freed_once_with_its_last_owner(driver):
     del other
     gc.collect()
     assert driver.calls[3:] == [("free", 0x2000)]
+    assert driver.pushed == 0
 
 
 def test_prefetch(driver):
