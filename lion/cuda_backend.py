@@ -49,7 +49,9 @@ class CudaBackend:
     def update(self, batch: Batch, step: StepCoefficients) -> None:
         memory: _Memory | None = batch.device_memory
         if memory is None:
-            memory = batch.device_memory = _Memory(batch.table[SIZE], batch.device, batch.percentile < 100)
+            memory = batch.device_memory = _Memory(
+                batch.table[SIZE], batch.device, batch.percentile < 100, batch.kind is Kind.TENSORWISE
+            )
             memory.paged = paging.paged(batch.states)
         dtype = DTYPES[batch.dtype]
         with _on(batch.device) as place:
@@ -120,11 +122,12 @@ class _Memory:
     The table of the norms lies behind that of the updates, so that one copy brings both.
     """
 
-    def __init__(self, sizes: Int64Array, device: torch.device, clipped: bool) -> None:
+    def __init__(self, sizes: Int64Array, device: torch.device, clipped: bool, tensorwise: bool = False) -> None:
         self.sizes = sizes
         self.device = device
         resident = launch.resident_blocks(device.index or 0)
-        works = [work_list(sizes, BLOCK_SIZE, resident)]
+        # Smaller items even the run times out, but a tensor-wise one ends with an atomic operation.
+        works = [work_list(sizes, BLOCK_SIZE, resident if tensorwise else 4 * resident)]
         if clipped:
             works.append(work_list(sizes, CHUNK, resident))
         self.works = [_upload(work, device) for work in works]
