@@ -50,7 +50,7 @@ def moved(tensor: Tensor, paged: bool) -> Tensor:
         OSError: If there is no room or no permission for a file.
         RuntimeError: If the platform has no pageable memory.
     """
-    if is_paged(tensor) == paged:
+    if is_paged(tensor) if paged else tensor not in _made:
         return tensor
     place = empty(tensor.shape, tensor.dtype, tensor.device) if paged else torch.empty_like(tensor)
     if tensor.is_cuda:

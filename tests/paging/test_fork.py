@@ -99,6 +99,18 @@ def test_two_children():
     train(3)
 
 
+def test_a_child_that_stops_paging_leaves_its_parent_alone():
+    optimizer, plain = trained(lion.PagedLion8bit), trained(lion.Lion8bit)
+
+    def train():
+        optimizer.param_groups[0]["is_paged"] = False
+        step(optimizer, seed=5)
+        assert not paging.paged(optimizer.state.values())
+
+    in_child(train)()
+    assert_same_state(optimizer, plain)
+
+
 def test_state_is_moved_once_for_many_forks():
     optimizer = trained(lion.PagedLion)
     state = next(iter(optimizer.state.values()))["state1"]
