@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,7 +79,7 @@ class Result(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("--steps", type=int, default=400, help="training steps with each optimizer (default: 400)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps with each optimizer (default: 300)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("lion-demo"), help="output folder (default: lion-demo)")
     parser.add_argument(
@@ -107,26 +107,19 @@ def run(options: argparse.Namespace) -> int:
     batches = _batches(train, options.steps, torch.Generator().manual_seed(options.seed), device)
     held_out_batches = _batches(held_out, HELD_OUT_BATCHES, torch.Generator().manual_seed(0), device)
     messages = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=messages) as progress:
-        bars = [progress.add_task(f"{name:<13}", total=options.steps, loss="", start=False) for name in names]
-        results = []
-        for name, bar in zip(names, bars, strict=True):
-            progress.start_task(bar)
+    threads = torch.get_num_threads()
+    # The sums of several threads depend on their number, and so would the results; for so small a model one is enough.
+    torch.set_num_threads(1)
+    try:
+        results = _train_all(names, options, batches, held_out_batches, messages)
+    except RuntimeError as error:
+        if device.type == "cpu":
+            raise
+        raise UsageError(str(error)) from None
+    finally:
+        torch.set_num_threads(threads)
 
-            def show(step: int, loss: float, bar: Any = bar) -> None:
-                progress.update(bar, completed=step, loss=f"held-out loss {loss:.3f}")
-
-            torch.manual_seed(options.seed)
-            model = Transformer().to(device)
-            try:
-                results.append(_train(name, model, batches, held_out_batches, show))
-            except RuntimeError as error:
-                if device.type == "cpu":
-                    raise
-                raise UsageError(str(error)) from None
-
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in Transformer().parameters())
     picture = _draw(results, options.out / "demo.png")
     if options.json:
         report = {
@@ -145,6 +138,24 @@ def run(options: argparse.Namespace) -> int:
     else:
         messages.print('No picture was drawn: pip install "numba-lion\\[demo]" brings matplotlib.', highlight=False)
     return 0
+
+
+def _train_all(
+    names: list[str], options: argparse.Namespace, batches: Tensor, held_out: Tensor, messages: Console
+) -> list[Result]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results = []
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=messages) as progress:
+        bars = [progress.add_task(f"{name:<13}", total=options.steps, loss="", start=False) for name in names]
+        for name, bar in zip(names, bars, strict=True):
+            progress.start_task(bar)
+
+            def show(step: int, loss: float, bar: TaskID = bar) -> None:
+                progress.update(bar, completed=step, loss=f"held-out loss {loss:.3f}")
+
+            torch.manual_seed(options.seed)
+            results.append(_train(name, Transformer().to(batches.device), batches, held_out, show))
+    return results
 
 
 class Transformer(nn.Module):
