@@ -45,7 +45,7 @@ HELD_OUT_BATCHES = 8
 EVALUATIONS = 20
 
 # Lion's steps all have the same size, so it wants a smaller learning rate than AdamW, and as much more weight decay.
-# Each has the best of the learning rates tried, about a factor of 2 apart; lr times weight decay is the same.
+# Both rates come from a coarse search; lr times weight decay is the same for both.
 _ADAMW: dict[str, Any] = {"lr": 2e-3, "weight_decay": 0.1, "betas": (0.9, 0.99), "fused": True}
 _LION: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.4, "betas": (0.9, 0.99)}
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
