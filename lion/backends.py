@@ -217,6 +217,9 @@ def for_device(device: torch.device) -> Backend:
 @lru_cache
 def _make(name: str, on_cpu: bool) -> Backend:
     if name == "cuda":
+        from cuda_kernels import launch
+
+        launch.require()
         from lion.cuda_backend import CudaBackend
 
         return CudaBackend(simulated=on_cpu)

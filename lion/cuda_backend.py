@@ -34,11 +34,10 @@ class CudaBackend:
         simulated: Whether it serves CPU tensors by Numba's simulator.
 
     Raises:
-        RuntimeError: If CUDA kernels cannot be compiled or launched here, saying what to install.
+        RuntimeError: If the tensors' device and Numba's simulator do not go together.
     """
 
     def __init__(self, simulated: bool) -> None:
-        launch.require()
         if simulated != launch.simulated():
             raise RuntimeError(
                 "The backend 'cuda' serves CPU tensors where NUMBA_ENABLE_CUDASIM=1 is in the environment, "
