@@ -36,9 +36,11 @@ def site(tmp_path: Path) -> Path:
 
 def run(site: Path, dtype: str = "bfloat16", **environment: str) -> tuple[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    # Python's own cache of bytecode goes by time and size, which a test here keeps.
+    own = {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(dtype=dtype)],
-        env={**inherited, "PYTHONPATH": str(site), **environment},
+        env={**inherited, **own, **environment},
         cwd=site,
         stdout=subprocess.PIPE,
         text=True,
