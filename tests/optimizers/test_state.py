@@ -250,9 +250,7 @@ def test_step_as_a_number(make):
     """Old checkpoints hold a Python number."""
     params, optimizer = trained(make)
     saved = optimizer.state_dict()
-    saved["state"] = {
-        i: {**state, "step": (int, float)[i % 2](state["step"])} for i, state in saved["state"].items()
-    }
+    saved["state"] = {i: {**state, "step": (int, float)[i % 2](state["step"])} for i, state in saved["state"].items()}
     others = [nn.Parameter(p.detach().clone()) for p in params]
     other = make(others, **MIXED)
     other.load_state_dict(saved)
