@@ -111,7 +111,7 @@ class CpuBackend:
         return torch.from_numpy(norms)[0]
 
     def percentile_clipping(self, grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> Tensor:
-        before = torch.tensor(step - 1, dtype=torch.float32)
+        before = torch.tensor(step - 1, dtype=torch.float32, device="cpu")
         grads, sizes, histories, steps = np.array(
             [[grad.data_ptr()], [grad.numel()], [gnorm_vec.data_ptr()], [before.data_ptr()]]
         )
@@ -153,10 +153,10 @@ class ReferenceBackend:
         )
 
     def squared_norm(self, grad: Tensor) -> Tensor:
-        return torch.tensor(reference.squared_norm(as_numpy(grad)))
+        return torch.from_numpy(np.array(reference.squared_norm(as_numpy(grad))))
 
     def percentile_clipping(self, grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> Tensor:
-        return torch.tensor(self._clip(as_numpy(grad), gnorm_vec, step, percentile))
+        return torch.from_numpy(np.array(self._clip(as_numpy(grad), gnorm_vec, step, percentile)))
 
     def _clip(self, grad: npt.NDArray[Any], gnorm_vec: Tensor, step: int, percentile: int) -> np.float32:
         history = as_numpy(gnorm_vec)

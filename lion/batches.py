@@ -15,6 +15,7 @@ from lion.options import Kind
 _data_ptr = Tensor.data_ptr
 _numel = Tensor.numel
 _is_contiguous = Tensor.is_contiguous
+_is_neg = Tensor.is_neg
 _dtype = attrgetter("dtype")
 _shape = attrgetter("shape")
 
@@ -77,7 +78,8 @@ class Batch:
         if not self._contiguous:
             self.operands = [p.detach().contiguous() for p in self.params]
             table[PARAM] = _addresses(self.operands)
-        self.gradients = grads if all(map(_is_contiguous, grads)) else [g.contiguous() for g in grads]
+        plain = all(map(_is_contiguous, grads)) and not any(map(_is_neg, grads))
+        self.gradients = grads if plain else [g.resolve_neg().contiguous() for g in grads]
         table[GRAD] = _addresses(self.gradients)
         if not table[: STATE + 1, table[SIZE] > 0].all():
             raise StaleBatch

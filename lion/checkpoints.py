@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
 
 from lion import state
-from lion.options import CHECKS, STATE_OPTIONS, check_group, form_of
+from lion.options import CHECKS, STATE_OPTIONS, check_group, check_value, form_of
 from lion.overrides import GlobalOptimManager
 from lion.plan import parameter_name
+
+_HYPERPARAMETERS = ("lr", "betas", "weight_decay")
+# Options of other optimizers that change the update, with the value that does not.
+_OTHER_ALGORITHMS: dict[str, Any] = {
+    "adanorm": False,
+    "amsgrad": False,
+    "caution": False,
+    "cautious": False,
+    "decouple_lr": False,
+    "fixed_decay": False,
+    "maximize": False,
+    "momentum": 0,
+    "nesterov": False,
+    "weight_decouple": True,
+}
 
 
 def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -35,11 +50,9 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
     overrides = GlobalOptimManager.get_instance().lookup()
     for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         own = {key: group[key] for key in ("params", "param_names", *STATE_OPTIONS) if key in group}
-        new = {**{key: group[key] for key in CHECKS}, **deepcopy(saved), **own}
-        try:
-            new.update(check_group(new))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Invalid state_dict: group {number}: {error}") from None
+        check_saved_group(saved, number)
+        new = {**deepcopy(dict(saved)), **own}
+        new.update(check_group(new))
         new_groups.append(new)
         for index, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
             # A parameter that never had a gradient has no state, or an empty one.
@@ -49,23 +62,66 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
     return {"state": states, "param_groups": new_groups}
 
 
-def _parts(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], Mapping[Any, Any]]:
-    """Return the groups and the states of a checkpoint after checking that they are as many as are needed."""
+def check_parts(state_dict: Mapping[str, Any]) -> None:
+    """Raise unless a state dict has states and a list of groups.
+
+    Raises:
+        ValueError: Naming the key.
+    """
     for key, kind in (("state", Mapping), ("param_groups", list)):
         if key not in state_dict:
             raise ValueError(f"Invalid state_dict: the key {key!r} is missing")
         if not isinstance(state_dict[key], kind):
             raise ValueError(f"Invalid state_dict: {key!r} must not be of type {type(state_dict[key]).__name__}")
-    saved_groups = state_dict["param_groups"]
-    for number, saved in enumerate(saved_groups):
+    for number, saved in enumerate(state_dict["param_groups"]):
         if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list):
             raise ValueError(f"Invalid state_dict: group {number} must be a dict with a list under the key 'params'")
+
+
+def check_saved_group(saved: Mapping[str, Any], number: int) -> None:
+    """Raise unless a group of a checkpoint says what a Lion needs, and nothing that would change what it does.
+
+    Raises:
+        ValueError: Naming the group and the key.
+    """
+    for key in _HYPERPARAMETERS:
+        if key not in saved:
+            raise ValueError(f"Invalid state_dict: group {number} lacks the key {key!r}")
+    for key in CHECKS:
+        if key in saved:
+            try:
+                check_value(key, saved[key])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Invalid state_dict: group {number}, {key!r}: {error}") from None
+    for key, harmless in _OTHER_ALGORITHMS.items():
+        if saved.get(key, harmless) not in (harmless, None):
+            raise ValueError(f"Invalid state_dict: group {number}: {key}={saved[key]!r} has no counterpart here")
+
+
+def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if both sides name their parameters and the same names stand in another order.
+
+    Names that differ as such, by a wrapper's prefix for instance, say nothing about the order.
+    """
+    own, saved = ([name for group in some for name in group.get("param_names", [])] for some in (groups, saved_groups))
+    if own != saved and sorted(map(str, own)) == sorted(map(str, saved)):
+        first = next(pair for pair in zip(own, saved, strict=True) if pair[0] != pair[1])
+        raise ValueError(f"Invalid state_dict: its 'param_names' have {first[1]!r} where {first[0]!r} is needed")
+
+
+def _parts(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], Mapping[Any, Any]]:
+    """Return the groups and the states of a checkpoint after checking that they are as many as are needed."""
+    check_parts(state_dict)
+    saved_groups = state_dict["param_groups"]
     counts, needed = ([len(group["params"]) for group in some] for some in (saved_groups, groups))
     if counts != needed:
         raise ValueError(f"Invalid state_dict: its groups hold {counts} parameters; {needed} are needed")
+    _check_names(groups, saved_groups)
     ids = [saved_id for saved in saved_groups for saved_id in saved["params"]]
+    if not all(isinstance(saved_id, Hashable) for saved_id in ids):
+        raise ValueError("Invalid state_dict: 'params' must hold the keys of its states")
     if len(set(ids)) != len(ids):
         raise ValueError("Invalid state_dict: a parameter is in 'params' more than once")
     unknown = [saved_id for saved_id in state_dict["state"] if saved_id not in set(ids)]

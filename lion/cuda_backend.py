@@ -43,7 +43,7 @@ class CudaBackend:
                 "The backend 'cuda' serves CPU tensors where NUMBA_ENABLE_CUDASIM=1 is in the environment, "
                 "and CUDA tensors where it is not"
             )
-        self._captured: list[_Memory] = []
+        self._captured: set[_Memory] = set()
 
     def update(self, batch: Batch, step: StepCoefficients) -> None:
         memory: _Memory | None = batch.device_memory
@@ -58,7 +58,7 @@ class CudaBackend:
                 paging.prefetch(memory.paged)
             else:
                 # A replayed graph reads this memory for as long as the process may live.
-                self._captured.append(memory)
+                self._captured.add(memory)
             memory.refresh(batch, step)
             if batch.percentile < 100:
                 launch.percentile_clipping(dtype, *memory.norm_arguments, *place)
@@ -193,7 +193,7 @@ class _Memory:
         if self.device.type == "cpu":
             self.tables.copy_(torch.from_numpy(words))
             return
-        host = torch.empty(words.shape, dtype=torch.int64, pin_memory=True)
+        host = torch.empty(words.shape, dtype=torch.int64, device="cpu", pin_memory=True)
         host.numpy()[...] = words
         self.tables.copy_(host, non_blocking=True)
         if _is_capturing(self.device):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lion import state
+from lion.checkpoints import check_parts, check_saved_group
 from lion.options import Kind
 
 StateDict = Mapping[str, Any]
@@ -32,11 +33,14 @@ def from_exp_avg(state_dict: StateDict, drop: Sequence[str] = ()) -> dict[str, A
         A state dict to load; momentum is float32, and loading it converts it to the optimizer's options.
 
     Raises:
-        ValueError: If a state has no ``exp_avg``, or an entry that is neither known nor dropped, or if the weight decay
-            is not multiplied by the learning rate (``decouple_lr``).
+        ValueError: If a state has no ``exp_avg``, or an entry that is neither known nor dropped, or if a group says
+            that another algorithm is used, for instance by ``maximize`` or ``decouple_lr``.
     """
+    check_parts(state_dict)
     states = {}
     for saved_id, saved in state_dict["state"].items():
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"Invalid state of parameter {saved_id!r}: a dict is needed, not {type(saved).__name__}")
         entries = {key: value for key, value in saved.items() if value is not None and key not in drop}
         exp_avg = entries.pop("exp_avg", None)
         if not isinstance(exp_avg, Tensor) or not exp_avg.is_floating_point():
@@ -47,14 +51,13 @@ def from_exp_avg(state_dict: StateDict, drop: Sequence[str] = ()) -> dict[str, A
                 f"Invalid state of parameter {saved_id!r}: {next(iter(entries))!r} has no counterpart here; "
                 "name it in `drop` to lose it"
             )
-        states[saved_id] = {"step": torch.tensor(float(step)), "state1": exp_avg.detach().float()}
+        states[saved_id] = {"step": torch.tensor(float(step), device="cpu"), "state1": exp_avg.detach().float()}
     groups = []
     for number, saved in enumerate(state_dict["param_groups"]):
         group = dict(saved)
-        if group.get("decouple_lr"):
-            raise ValueError(f"Invalid group {number}: decouple_lr=True has no counterpart here")
-        if "betas" not in group and "beta1" in group:
+        if "betas" not in group and "beta1" in group and "beta2" in group:
             group["betas"] = (group.pop("beta1"), group.pop("beta2"))
+        check_saved_group(group, number)
         groups.append(group)
     return {"state": states, "param_groups": groups}
 
@@ -81,6 +84,7 @@ def to_exp_avg(
     Raises:
         ValueError: If ``param_groups`` do not hold the same numbers of parameters.
     """
+    check_parts(state_dict)
     # torch's loader would share a tensor that needs no cast.
     states = {
         key: {"exp_avg": state.momentum(own).clone(), **(entries or {})} for key, own in state_dict["state"].items()
@@ -109,6 +113,7 @@ def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
     Returns:
         A state dict for bitsandbytes; its tensors are the optimizer's own, except converted ones.
     """
+    check_parts(state_dict)
     states = {}
     for key, own in state_dict["state"].items():
         new = dict(own, step=int(own["step"]))

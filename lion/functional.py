@@ -13,6 +13,7 @@ from torch import Tensor
 
 import reference
 from lion import backends
+from lion.options import integer
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -81,6 +82,7 @@ def quantize_blockwise(
         ValueError: If a shape, the map or the block size is not allowed.
     """
     _check_dtype("A", A, tuple(backends.DTYPES))
+    blocksize = integer("blocksize", blocksize)
     count = _block_count(A.numel(), blocksize)
     code = _checked_map(code, A.device)
     if out is None:
@@ -89,7 +91,7 @@ def quantize_blockwise(
         absmax = torch.empty(count, dtype=torch.float32, device=A.device)
     _check_buffer("out", out, torch.uint8, tuple(A.shape), A.device)
     _check_buffer("absmax", absmax, torch.float32, (count,), A.device)
-    backends.for_device(A.device).quantize_blockwise(A.detach().contiguous(), out, absmax, code, blocksize)
+    backends.for_device(A.device).quantize_blockwise(_plain(A), out, absmax, code, blocksize)
     return out, QuantState(absmax, code, blocksize, A.dtype)
 
 
@@ -123,7 +125,10 @@ def dequantize_blockwise(
     if quant_state is None:
         if absmax is None:
             raise ValueError("Invalid absmax: None; quant_state or absmax is needed")
-        quant_state = QuantState(absmax, _checked_map(code, A.device), blocksize, torch.float32)
+        _check_dtype("A", A, (torch.uint8,))
+        quant_state = QuantState(absmax, _checked_map(code, A.device), integer("blocksize", blocksize), torch.float32)
+    if not isinstance(quant_state, QuantState):
+        raise TypeError(f"Invalid quant_state: {type(quant_state).__name__}; QuantState is needed")
     _check_dtype("A", A, (torch.uint8,))
     count = _block_count(A.numel(), quant_state.blocksize)
     _check_buffer("absmax", quant_state.absmax, torch.float32, (count,), A.device)
@@ -160,12 +165,13 @@ def percentile_clipping(
     """
     _check_dtype("grad", grad, tuple(backends.DTYPES))
     _check_buffer("gnorm_vec", gnorm_vec, torch.float32, (reference.HISTORY,), grad.device)
+    percentile, step = integer("percentile", percentile), integer("step", step)
     if not 1 <= percentile < reference.HISTORY:
         raise ValueError(f"Invalid percentile: {percentile}; 1 to 99 is allowed")
     if step < 1:
         raise ValueError(f"Invalid step: {step}; at least 1 is needed")
     backend = backends.for_device(grad.device)
-    grad = grad.detach().contiguous()
+    grad = _plain(grad)
     scale = backend.percentile_clipping(grad, gnorm_vec, step, percentile)
     norm = _sqrt(backend.squared_norm(grad))
     threshold = _sqrt(gnorm_vec.sort().values[percentile])
@@ -181,8 +187,15 @@ def _block_count(numel: int, blocksize: int) -> int:
 def _checked_map(code: Tensor | None, device: torch.device) -> Tensor:
     if code is None:
         return shared_dynamic_map(device)
+    if not isinstance(code, Tensor):
+        raise TypeError(f"Invalid code: {type(code).__name__}; a tensor is needed")
     reference.quantize_thresholds(code.detach().cpu().numpy())
     return code.to(device)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a tensor whose memory holds its values, one after the other."""
+    return tensor.detach().resolve_neg().contiguous()
 
 
 def _sqrt(squared: Tensor) -> Tensor:
@@ -199,8 +212,9 @@ def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
 
 
 def _check_buffer(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"Invalid {name}: {tensor.dtype}; {dtype} is allowed")
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"Invalid {name}: {found}; a tensor of {dtype} is needed")
     if tuple(tensor.shape) != shape or tensor.device != device or not tensor.is_contiguous():
         raise ValueError(
             f"Invalid {name}: shape {tuple(tensor.shape)} on {tensor.device}; "

@@ -81,6 +81,8 @@ class Lion(Optimizer):
             "block_wise": block_wise,
             "is_paged": is_paged,
         }
+        if isinstance(args, Mapping):
+            raise TypeError(f"Invalid args: {args!r}; an object with attributes is allowed, not a dict")
         defaults.update((key, getattr(args, key)) for key in STATE_OPTIONS if hasattr(args, key))
         super().__init__(params, check_group(defaults))
 
@@ -155,6 +157,8 @@ class Lion(Optimizer):
         Raises:
             ValueError: If the checkpoint does not fit; nothing has changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"Invalid state_dict: {type(state_dict).__name__}; a dict is needed")
         loaded = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, loaded)

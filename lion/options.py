@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 STATE_OPTIONS = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
@@ -60,6 +61,9 @@ def check_value(key: str, value: Any) -> Any:
 
 def check_group(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of a group, checked."""
+    missing = [key for key in CHECKS if key not in group]
+    if missing:
+        raise ValueError(f"Invalid parameter group: the option {missing[0]!r} is missing")
     return {key: check_value(key, group[key]) for key in CHECKS}
 
 
@@ -94,28 +98,28 @@ def _betas(key: str, betas: Any) -> tuple[float, float]:
 
 
 def _optim_bits(key: str, optim_bits: Any) -> int:
-    bits = _integer(key, optim_bits)
+    bits = integer(key, optim_bits)
     if bits not in (8, 32):
         raise ValueError(f"Invalid optim_bits value: {optim_bits}; 8 and 32 are allowed")
     return bits
 
 
 def _min_8bit_size(key: str, min_8bit_size: Any) -> int:
-    size = _integer(key, min_8bit_size)
+    size = integer(key, min_8bit_size)
     if size < 0:
         raise ValueError(f"Invalid min_8bit_size value: {min_8bit_size}; at least 0 is allowed")
     return size
 
 
 def _percentile_clipping(key: str, percentile_clipping: Any) -> int:
-    percentile = _integer(key, percentile_clipping)
+    percentile = integer(key, percentile_clipping)
     if not 1 <= percentile <= 100:
         raise ValueError(f"Invalid percentile_clipping value: {percentile_clipping}; 1 to 100 is allowed")
     return percentile
 
 
 def _flag(key: str, flag: Any) -> bool:
-    if flag not in (True, False):
+    if not isinstance(flag, (bool, int, np.bool_)) or flag not in (0, 1):
         raise TypeError(f"Invalid {key} value: {flag!r}; True and False are allowed")
     return bool(flag)
 
@@ -132,11 +136,23 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"Invalid {name} {value!r}; a number is allowed")
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"Invalid {name} {value!r}; a number is allowed") from None
+    except OverflowError:
+        raise ValueError(f"Invalid {name} {value}; it is too large") from None
 
 
-def _integer(key: str, value: Any) -> int:
+def integer(key: str, value: Any) -> int:
+    """Return an integer that may be given as an integral float, such as 5.0.
+
+    Args:
+        key: What to call it in an error.
+        value: The value given.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is not integral.
+    """
     number = _number(f"{key} value:", value)
     if not number.is_integer():
         raise ValueError(f"Invalid {key} value: {value}; an integer is allowed")

@@ -61,9 +61,11 @@ class GlobalOptimManager:
         Raises:
             TypeError: If an item is neither.
         """
+        if not isinstance(params, Iterable):
+            raise TypeError(f"Invalid params: {type(params).__name__}; tensors or parameter groups are allowed")
         for item in params:
-            members = item["params"] if isinstance(item, dict) else [item]
-            for p in [members] if isinstance(members, Tensor) else members:
+            members = item.get("params") if isinstance(item, dict) else item
+            for p in members if isinstance(members, (list, tuple)) else [members]:
                 _check_tensor("params", p)
 
     def override_config(
@@ -85,6 +87,8 @@ class GlobalOptimManager:
             TypeError: If ``parameters`` holds something else than tensors, or a value has the wrong type.
             ValueError: If no option is given, or an option is unknown or its value not allowed.
         """
+        if not isinstance(key_value_dict, (Mapping, type(None))):
+            raise TypeError(f"Invalid key_value_dict: {key_value_dict!r}; a dict of options is allowed")
         config = dict(key_value_dict or {})
         if key is not None:
             if key in config:
@@ -132,6 +136,8 @@ class GlobalOptimManager:
 
 
 def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(config, Mapping):
+        raise TypeError(f"Invalid override: {config!r}; a dict of options is allowed")
     if not config:
         raise ValueError("Invalid override: no option given")
     checked = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from operator import is_
@@ -67,6 +68,8 @@ class Plan:
         new_states = {}
         batches: dict[tuple[Any, ...], list[Tensor]] = {}
         paged_bytes = 0
+        # Parameters in the same memory take turns: within one call several threads would write to it at once.
+        turns: Counter[int] = Counter()
         for p, name, number, override in members:
             options = {**groups[number], **override}
             form, percentile = form_of(p.numel(), options), options["percentile_clipping"]
@@ -74,7 +77,9 @@ class Plan:
             hyperparameters = tuple(override.get(key) for key in _HYPERPARAMETERS)
             portion = paged_bytes // _PORTION
             paged_bytes += new_states[p]["state1"].nbytes if form.paged else 0
-            key = (form.kind, percentile, number, hyperparameters, p.device, p.dtype, portion if form.paged else None)
+            turn = turns[p.data_ptr()] if p.numel() else 0
+            turns[p.data_ptr()] += 1
+            key = (form.kind, percentile, number, hyperparameters, p.device, p.dtype, form.paged and portion, turn)
             batches.setdefault(key, []).append(p)
         states.update(new_states)
 

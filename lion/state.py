@@ -176,7 +176,10 @@ def _flattened(saved: object, name: str) -> State:
     flat.update(nested)
     step = flat.get("step")
     if isinstance(step, (int, float)):
-        step = torch.tensor(float(step))
+        try:
+            step = torch.tensor(float(step), device="cpu")
+        except OverflowError:
+            raise ValueError(f"Invalid state of {name}: 'step' is {step}; that is too large") from None
     if isinstance(step, Tensor) and step.numel() == 1:
         flat["step"] = step = step.reshape(()).to(torch.float32)
         if not (step >= 0 and step == step.floor() and step.isfinite()):
