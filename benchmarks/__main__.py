@@ -50,6 +50,7 @@ def main() -> int:
     device = torch.device("cpu")
     console = Console(width=120) if not sys.stdout.isatty() else Console()
     remote = Remote(options.fork_python) if options.fork_python else None
+    options.out.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     try:
@@ -57,6 +58,8 @@ def main() -> int:
             for workload in _workloads(options):
                 for dtype in options.dtypes:
                     runs += _measure(workload, dtype, device, options, remote, skipped, progress)
+                    report = {**_machine(), "rounds": options.rounds, "skipped": skipped, "runs": runs}
+                    (options.out / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
     finally:
         if remote is not None:
             remote.close()
@@ -64,9 +67,6 @@ def main() -> int:
         console.print(_table(result))
     for name, reason in skipped.items():
         console.print(f"not measured: {name}: {reason}", markup=False)
-    options.out.mkdir(parents=True, exist_ok=True)
-    report = {**_machine(), "rounds": options.rounds, "skipped": skipped, "runs": runs}
-    (options.out / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
     _draw(report, options.out / "benchmark.png")
     console.print(f"wrote {options.out / 'benchmark.json'} and {options.out / 'benchmark.png'}", markup=False)
     return 0

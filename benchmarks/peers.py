@@ -19,6 +19,7 @@ class CompiledLion:
     def __init__(self, params: Params) -> None:
         self.params = params
         self.state = {p: {"momentum": torch.zeros_like(p)} for p in params}
+        torch._dynamo.reset()  # after eight versions of a function torch compiles no more
         self.update = torch.compile(self._update, dynamic=False)
 
     @staticmethod
