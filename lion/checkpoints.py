@@ -92,7 +92,7 @@ def check_saved_group(saved: Mapping[str, Any], number: int) -> None:
             try:
                 check_value(key, saved[key])
             except (TypeError, ValueError) as error:
-                raise ValueError(f"Invalid state_dict: group {number}, {key!r}: {error}") from None
+                raise ValueError(f"Invalid state_dict: group {number}: {key!r}: {error}") from None
     for key, harmless in _OTHER_ALGORITHMS.items():
         if saved.get(key, harmless) not in (harmless, None):
             raise ValueError(f"Invalid state_dict: group {number}: {key}={saved[key]!r} has no counterpart here")

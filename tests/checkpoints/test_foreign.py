@@ -62,7 +62,7 @@ def test_option_that_is_not_allowed(key: str, value: Any) -> None:
     optimizer = lion.Lion([nn.Parameter(torch.ones(3))])
     saved = optimizer.state_dict()
     saved["param_groups"][0][key] = value
-    with pytest.raises(ValueError, match=f"group 0, '{key}'"):
+    with pytest.raises(ValueError, match=f"group 0: '{key}'"):
         optimizer.load_state_dict(saved)
 
 
