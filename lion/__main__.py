@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import platform
+import shutil
 import sys
-from typing import NoReturn
+import textwrap
+from typing import Any, NoReturn
 
-import torch
-from rich.console import Console
-from rich.table import Table
-
-from lion.cli import UsageError, bench, check, demo
+from lion.cli import UsageError, add_json, bench, check, demo, overview, print_json
 
 COMMANDS = {"demo": demo, "check": check, "bench": bench}
-DISTRIBUTIONS = ("numba-lion", "torch", "numba", "numba-cuda", "numpy")
+DESCRIPTION = """Lion optimizers with 32-bit and 8-bit state for PyTorch.
+
+Without a command: these lines, and what was found on this machine."""
+EXAMPLES = """\
+python -m lion --json > machine.json
+python -m lion check
+python -m lion demo --help"""
+EXIT_CODES = "exit codes: 0, 1 if check finds a difference, 2 for a mistake in the command line, 130 after Ctrl-C"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,44 +33,43 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The command line after the program's name (default: that of the process).
 
     Returns:
-        The exit code: 0, 1 if a check found a difference, 2 for a mistake of the user.
+        The exit code: 0, 1 if a check found a difference, 2 for a mistake of the user, 130 after Ctrl-C.
     """
-    parser = _Parser(prog="python -m lion", description="Lion optimizers with 32-bit and 8-bit state for PyTorch.")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser = _Parser(prog="python -m lion", **_texts(DESCRIPTION, EXAMPLES))
+    add_json(parser)
+    parser.set_defaults(json=False)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, module in COMMANDS.items():
         doc = (module.__doc__ or "").strip()
-        command = subparsers.add_parser(name, help=doc.splitlines()[0], description=doc)
+        command = subparsers.add_parser(name, help=doc.splitlines()[0], **_texts(doc, module.EXAMPLES))
         module.add_arguments(command)
     options = parser.parse_args(arguments)
-    if options.command is None:
-        _overview(parser)
-        return 0
     try:
-        return COMMANDS[options.command].run(options)
+        if options.command is not None:
+            return COMMANDS[options.command].run(options)
+        if options.json:
+            print_json(overview.found())
+        else:
+            parser.print_help()
+            print()
+            overview.print_tables(overview.found())
+        return 0
     except UsageError as error:
         print(f"{parser.prog} {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
 
 
-def _overview(parser: argparse.ArgumentParser) -> None:
-    parser.print_help()
-    table = Table.grid(padding=(0, 2))
-    table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    for name in DISTRIBUTIONS:
-        try:
-            table.add_row(name, importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            table.add_row(name, "not installed")
-    table.add_row("cpu", f"{torch.get_num_threads()} threads")
-    for index in range(torch.cuda.device_count()):
-        device, properties = torch.device("cuda", index), torch.cuda.get_device_properties(index)
-        table.add_row(
-            str(device),
-            f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-            f"{properties.total_memory / 2**30:.0f} GiB",
-        )
-    print()
-    Console().print(table)
+def _texts(description: str, examples: str) -> dict[str, Any]:
+    """Return the description and epilog that --help shows, and their formatter."""
+    width = shutil.get_terminal_size().columns - 2
+    return {
+        "description": "\n\n".join(textwrap.fill(part, width) for part in description.split("\n\n")),
+        "epilog": f"examples:\n{textwrap.indent(examples, '  ')}\n\n{textwrap.fill(EXIT_CODES, width)}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 if __name__ == "__main__":

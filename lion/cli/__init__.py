@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections.abc import Collection
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+
+from lion import backends
 
 
 class UsageError(Exception):
     """A mistake of the user: shown as one line, without a traceback."""
 
 
-def checked_device(name: str) -> torch.device:
-    """Return the device of a name, or raise UsageError if this machine does not have it."""
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Declare --json; it may stand before the command or after it."""
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON instead of tables")
+
+
+def print_json(report: Any) -> None:
+    """Print what --json asks for."""
+    json.dump(report, sys.stdout, indent=2)
+    print()
+
+
+def progress_bars(*more: ProgressColumn) -> Progress:
+    """Return progress bars on stderr that vanish at the end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more)
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Declare --device."""
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+
+
+def checked_device(name: str | None) -> torch.device:
+    """Return the device of a name, or raise UsageError if this machine has none or no kernels for it."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -20,6 +51,10 @@ def checked_device(name: str) -> torch.device:
         raise UsageError(f"Invalid --device: {name}; {str(error).splitlines()[0]}") from None
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"Invalid --device: {name}; cpu and cuda devices are supported")
+    try:
+        backends.for_device(device)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(str(error)) from None
     return device
 
 

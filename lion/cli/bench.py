@@ -8,18 +8,31 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import sys
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 from torch.optim import Optimizer
 
-from lion.cli import at_least, checked_device, checked_names, device_name, measure
+from lion.cli import (
+    add_device,
+    add_json,
+    at_least,
+    checked_device,
+    checked_names,
+    device_name,
+    measure,
+    print_json,
+    progress_bars,
+)
 from lion.cli.measure import WORKLOADS, Summary
+
+EXAMPLES = """\
+python -m lion bench
+python -m lion bench --device cpu --threads 1 --workloads gpt2 --dtypes float32
+python -m lion bench --rounds 50 --json > bench.json"""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -85,7 +98,7 @@ class Row(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    add_device(parser)
     parser.add_argument("--threads", type=int, help="threads on a CPU (default: as torch has it)")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each optimizer (default: 15)")
     parser.add_argument(
@@ -96,13 +109,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="one,many",
         help="; ".join(f"{name}: {workload.title}" for name, workload in WORKLOADS.items()) + " (default: one,many)",
     )
-    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Carry the command out and return its exit code."""
     at_least("--rounds", options.rounds, 1)
-    device = checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = checked_device(options.device)
     dtypes = checked_names("--dtypes", options.dtypes, DTYPES)
     workloads = checked_names("--workloads", options.workloads, WORKLOADS)
     if options.threads is not None:
@@ -110,8 +123,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
 
     results: list[tuple[str, str, list[Row]]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bars() as progress:
         for workload in workloads:
             for dtype in dtypes:
                 bar = progress.add_task(f"{WORKLOADS[workload].title}, {dtype}", total=None)
@@ -123,8 +135,7 @@ def run(options: argparse.Namespace) -> int:
     where = f"{threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device_name(device)
     if options.json:
         report = [{"workload": w, "dtype": d, "rows": [_as_dict(row) for row in rows]} for w, d, rows in results]
-        json.dump({"device": str(device), "where": where, "results": report}, sys.stdout, indent=2)
-        print()
+        print_json({"device": str(device), "where": where, "results": report})
     else:
         for workload, dtype, rows in results:
             _print_table(f"{WORKLOADS[workload].title}, {dtype}, {where}", rows)

@@ -7,8 +7,8 @@ with the functions of ``reference``. The first value whose bits differ is named 
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,16 +21,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 import reference
 from lion import functional
 from lion.backends import DTYPES, as_numpy, use_backend
-from lion.cli import device_name
+from lion.cli import add_json, device_name, print_json, progress_bars
 from lion.optimizers import Lion
 from reference.clipping import HISTORY
+
+EXAMPLES = """\
+python -m lion check
+python -m lion check --simulator
+python -m lion check --json > check.json"""
 
 Array = npt.NDArray[Any]
 
@@ -90,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check the CUDA kernels in Numba's simulator instead: slow, on few values, and needs no GPU",
     )
-    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -98,13 +102,17 @@ def run(options: argparse.Namespace) -> int:
     if options.simulator and os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
         # Numba reads the variable when it is imported, which has happened already.
         command = [sys.executable, "-m", "lion", "check", "--simulator", *["--json"] * options.json]
-        return subprocess.run(command, env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}).returncode
+        # Ctrl-C reaches both processes: the other one says so and ends.
+        before = signal.signal(signal.SIGINT, lambda *_: None)
+        try:
+            return subprocess.run(command, env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}).returncode
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     targets = _targets(options.simulator)
     results: list[dict[str, Any]] = []
     difference = None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bars() as progress:
         bar = progress.add_task("", total=len(targets) * len(CHECKS) * len(DTYPES))
         for target, feature, dtype in ((t, f, d) for t in targets for f in CHECKS for d in DTYPES):
             progress.update(bar, description=f"{target.name}, {feature}, {DTYPES[dtype]}")
@@ -114,15 +122,14 @@ def run(options: argparse.Namespace) -> int:
             try:
                 with target.backend(), np.errstate(all="ignore"):
                     result["values"] = sum(CHECKS[feature](target, dtype))
-            except (Difference, RuntimeError) as error:
+            except (Difference, RuntimeError, ValueError, OSError) as error:
                 difference = f"{target.name}, {feature}, {DTYPES[dtype]}: {error}"
                 break
             result["seconds"] = round(time.perf_counter() - begin, 3)
             progress.advance(bar)
 
     if options.json:
-        json.dump({"passed": difference is None, "difference": difference, "results": results}, sys.stdout, indent=2)
-        print()
+        print_json({"passed": difference is None, "difference": difference, "results": results})
     else:
         _print_tables(targets, results)
         if difference:

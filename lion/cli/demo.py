@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import statistics
-import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -21,16 +19,31 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID, TextColumn
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
 
-from lion.cli import UsageError, at_least, checked_device, checked_names, device_name
+from lion.cli import (
+    UsageError,
+    add_device,
+    add_json,
+    at_least,
+    checked_device,
+    checked_names,
+    device_name,
+    print_json,
+    progress_bars,
+)
 from lion.cli.measure import state_bytes
 from lion.optimizers import Lion, Lion8bit, PagedLion8bit
+
+EXAMPLES = """\
+python -m lion demo
+python -m lion demo --optimizers AdamW,Lion8bit --steps 100 --device cpu
+python -m lion demo --data book.txt --out book --json > book.json"""
 
 VOCABULARY = 256  # a character is a byte
 CONTEXT = 64
@@ -88,8 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names separated by commas (default: all of %(default)s)",
     )
     parser.add_argument("--data", type=Path, help="text to learn (default: the sources of Python's standard library)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+    add_device(parser)
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -97,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     at_least("--steps", options.steps, 1)
     at_least("--seed", options.seed, 0)
     names = checked_names("--optimizers", options.optimizers, OPTIMIZERS)
-    device = checked_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = checked_device(options.device)
     train, held_out = _split(_read(options.data))
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -106,15 +119,12 @@ def run(options: argparse.Namespace) -> int:
 
     batches = _batches(train, options.steps, torch.Generator().manual_seed(options.seed), device)
     held_out_batches = _batches(held_out, HELD_OUT_BATCHES, torch.Generator().manual_seed(0), device)
-    messages = Console(stderr=True)
     threads = torch.get_num_threads()
     # The sums of several threads depend on their number, and so would the results; for so small a model one is enough.
     torch.set_num_threads(1)
     try:
-        results = _train_all(names, options, batches, held_out_batches, messages)
-    except RuntimeError as error:
-        if device.type == "cpu":
-            raise
+        results = _train_all(names, options, batches, held_out_batches)
+    except OSError as error:  # there is no room for paged state
         raise UsageError(str(error)) from None
     finally:
         torch.set_num_threads(threads)
@@ -129,10 +139,10 @@ def run(options: argparse.Namespace) -> int:
             "seed": options.seed,
             "results": [{**result._asdict(), "held_out_loss": result.held_out_loss} for result in results],
         }
-        json.dump(report, sys.stdout, indent=2)
-        print()
+        print_json(report)
     else:
         _print_table(results, f"{parameters:,} parameters, {options.steps} steps, {device_name(device)}")
+    messages = Console(stderr=True)
     if picture:
         messages.print(f"Loss curves: {picture}", highlight=False, soft_wrap=True)
     else:
@@ -140,12 +150,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train_all(
-    names: list[str], options: argparse.Namespace, batches: Tensor, held_out: Tensor, messages: Console
-) -> list[Result]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def _train_all(names: list[str], options: argparse.Namespace, batches: Tensor, held_out: Tensor) -> list[Result]:
     results = []
-    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=messages) as progress:
+    with progress_bars(TextColumn("{task.fields[loss]}")) as progress:
         bars = [progress.add_task(f"{name:<13}", total=options.steps, loss="", start=False) for name in names]
         for name, bar in zip(names, bars, strict=True):
             progress.start_task(bar)

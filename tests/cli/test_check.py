@@ -1,4 +1,4 @@
-"""``python -m lion check`` and the overview."""
+"""``python -m lion check``."""
 
 from __future__ import annotations
 
@@ -14,21 +14,6 @@ from lion.__main__ import main
 from lion.cli import check
 
 SMALL = check.Extent((1, 257), 513, 2, (257,), 3, (64,))
-
-
-def test_overview(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 0
-    out = capsys.readouterr().out
-    for word in ("demo", "check", "bench", "numba-lion", "torch", "numba-cuda", "cpu"):
-        assert word in out
-
-
-def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit:
-        main(["trian"])
-    assert exit.value.code == 2
-    captured = capsys.readouterr()
-    assert "invalid choice: 'trian'" in captured.err and captured.err.count("\n") == 1
 
 
 def test_cpu_passes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,14 @@ def test_without_matplotlib(
     assert not (tmp_path / "demo.png").exists()
 
 
+def test_no_room_for_paged_state(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    monkeypatch.setenv("LION_PAGE_DIR", str(tmp_path / "missing"))
+    assert main(["demo", *TINY, "--data", text, "--out", str(tmp_path), "--optimizers", "PagedLion8bit"]) == 2
+    assert "the environment variable LION_PAGE_DIR chooses the folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
