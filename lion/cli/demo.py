@@ -92,7 +92,7 @@ class Result(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("--steps", type=int, default=300, help="training steps with each optimizer (default: 300)")
+    parser.add_argument("--steps", type=int, default=240, help="training steps with each optimizer (default: 240)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("lion-demo"), help="output folder (default: lion-demo)")
     parser.add_argument(
