@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-NUMEL = 25_000_000
+NUMEL = 25_600_000
 # The system maps, and keeps when asked to page out, whole huge pages of 2 MiB at either end of a mapping.
 NOISE = 8 * 2**20
 BYTES = {"Lion": 4.0, "Lion8bit": 1 + 4 / 256}
