@@ -10,11 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from lion import state
-from lion.options import CHECKS, STATE_OPTIONS, check_group, check_value, form_of
+from lion.options import CHECKS, HYPERPARAMETERS, STATE_OPTIONS, check_group, check_value, form_of
 from lion.overrides import GlobalOptimManager
 from lion.plan import parameter_name
 
-_HYPERPARAMETERS = ("lr", "betas", "weight_decay")
 # Options of other optimizers that change the update, with the value that does not.
 _OTHER_ALGORITHMS: dict[str, Any] = {
     "adanorm": False,
@@ -84,7 +83,7 @@ def check_saved_group(saved: Mapping[str, Any], number: int) -> None:
     Raises:
         ValueError: Naming the group and the key.
     """
-    for key in _HYPERPARAMETERS:
+    for key in HYPERPARAMETERS:
         if key not in saved:
             raise ValueError(f"Invalid state_dict: group {number} lacks the key {key!r}")
     for key in CHECKS:

@@ -122,14 +122,13 @@ def dequantize_blockwise(
         ValueError: If neither ``quant_state`` nor ``absmax`` is given, or a shape, the map or the block size is not
             allowed.
     """
+    _check_dtype("A", A, (torch.uint8,))
     if quant_state is None:
         if absmax is None:
             raise ValueError("Invalid absmax: None; quant_state or absmax is needed")
-        _check_dtype("A", A, (torch.uint8,))
         quant_state = QuantState(absmax, _checked_map(code, A.device), integer("blocksize", blocksize), torch.float32)
     if not isinstance(quant_state, QuantState):
         raise TypeError(f"Invalid quant_state: {type(quant_state).__name__}; QuantState is needed")
-    _check_dtype("A", A, (torch.uint8,))
     count = _block_count(A.numel(), quant_state.blocksize)
     _check_buffer("absmax", quant_state.absmax, torch.float32, (count,), A.device)
     if out is None:

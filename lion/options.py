@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+HYPERPARAMETERS = ("lr", "betas", "weight_decay")
 STATE_OPTIONS = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
 MIN_PAGED_SIZE = 100_000
 

@@ -15,11 +15,10 @@ import reference
 from lion import backends, state
 from lion.backends import StepCoefficients
 from lion.batches import Batch
-from lion.options import check_group, check_value, form_of
+from lion.options import HYPERPARAMETERS, check_group, check_value, form_of
 
 Group = Mapping[str, Any]
 
-_HYPERPARAMETERS = ("lr", "betas", "weight_decay")
 # Paged state updated by one kernel call, in bytes: it has to fit on a device beside everything else.
 _PORTION = 256 * 2**20
 _rounded = lru_cache(reference.coefficients)
@@ -74,7 +73,7 @@ class Plan:
             options = {**groups[number], **override}
             form, percentile = form_of(p.numel(), options), options["percentile_clipping"]
             new_states[p] = state.adapted(states.get(p), p, form, name)
-            hyperparameters = tuple(override.get(key) for key in _HYPERPARAMETERS)
+            hyperparameters = tuple(override.get(key) for key in HYPERPARAMETERS)
             portion = paged_bytes // _PORTION
             paged_bytes += new_states[p]["state1"].nbytes if form.paged else 0
             turn = turns[p.data_ptr()] if p.numel() else 0
@@ -88,7 +87,7 @@ class Plan:
             (
                 Batch(kind, percentile, params, [states[p] for p in params]),
                 groups[number],
-                {key: value for key, value in zip(_HYPERPARAMETERS, override, strict=True) if value is not None},
+                {key: value for key, value in zip(HYPERPARAMETERS, override, strict=True) if value is not None},
             )
             for (kind, percentile, number, override, *_), params in batches.items()
         ]
@@ -143,7 +142,7 @@ def _check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
 
 
 def _coefficients(group: Group, override: Mapping[str, Any], device: torch.device) -> StepCoefficients:
-    lr, betas, weight_decay = (check_value(key, override.get(key, group[key])) for key in _HYPERPARAMETERS)
+    lr, betas, weight_decay = (check_value(key, override.get(key, group[key])) for key in HYPERPARAMETERS)
     if isinstance(lr, Tensor):
         if lr.device == device and device.type == "cuda":
             return StepCoefficients(_rounded(0.0, betas, weight_decay), lr, weight_decay)
