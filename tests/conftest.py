@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+from multiprocessing.context import ForkServerContext
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,3 +16,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "interop: compares with another project that has to be installed")
+
+
+@pytest.fixture(scope="session")
+def forking() -> ForkServerContext:
+    """Return what starts processes in which everything is imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.warm"])
+    return context

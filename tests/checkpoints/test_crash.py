@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -33,14 +32,12 @@ def finish(context, path, steps):
     return torch.load(path, weights_only=True)
 
 
-def test_killed_while_writing(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.checkpoints.warm"])
+def test_killed_while_writing(tmp_path, forking):
     path = tmp_path / "checkpoint.pt"
     moments = random.Random(0)
     reached = written_halfway = resumed = 0
     for _ in range(KILLS):
-        process = begin(context, path, ENDLESS)
+        process = begin(forking, path, ENDLESS)
         time.sleep(moments.uniform(0.0, 0.1))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
@@ -59,8 +56,8 @@ def test_killed_while_writing(tmp_path):
     assert written_halfway >= 5
     assert resumed >= 5
 
-    killed = finish(context, path, reached + 3)
-    whole = finish(context, tmp_path / "whole.pt", reached + 3)
+    killed = finish(forking, path, reached + 3)
+    whole = finish(forking, tmp_path / "whole.pt", reached + 3)
     assert killed["step"] == whole["step"] == reached + 3
     for p, q in zip(killed["params"], whole["params"], strict=True):
         assert_same_bits(p, q)

@@ -1,0 +1,1 @@
+"""Several processes: DDP, FSDP, ZeRO and distributed checkpoints, on CPUs with gloo."""
