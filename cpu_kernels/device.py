@@ -90,13 +90,13 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, item: ir
 
 @intrinsic(prefer_literal=True)
 def load(typingctx, dtype, address, index):  # type: ignore[no-untyped-def]
-    """load(dtype, address, index): the item as float32, or as uint32 for "uint32" and "uint8"."""
+    """load(dtype, address, index): the item as float32, or as uint32 for "uint32" and "uint8"; at any address."""
     name = dtype.literal_value
     result = types.uint32 if name in ("uint32", "uint8") else types.float32
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         item = MEMORY_TYPES[name]
-        value = builder.load(_pointer(builder, args[1], args[2], item), align=_size(item))
+        value = builder.load(_pointer(builder, args[1], args[2], item), align=1)
         if name == "float16":
             return builder.fpext(value, FLOAT)
         if name == "bfloat16":
@@ -110,7 +110,7 @@ def load(typingctx, dtype, address, index):  # type: ignore[no-untyped-def]
 
 @intrinsic(prefer_literal=True)
 def store(typingctx, dtype, address, index, value):  # type: ignore[no-untyped-def]
-    """store(dtype, address, index, value): a float32 rounded to nearest even, or a uint32 cut off."""
+    """store(dtype, address, index, value): a float32 rounded to nearest even, or a uint32 cut off; at any address."""
     name = dtype.literal_value
     operand = types.uint32 if name in ("uint32", "uint8") else types.float32
 
@@ -122,14 +122,10 @@ def store(typingctx, dtype, address, index, value):  # type: ignore[no-untyped-d
             value = _round_to_bfloat16(builder, value)
         elif name == "uint8":
             value = builder.trunc(value, I8)
-        builder.store(value, _pointer(builder, args[1], args[2], item), align=_size(item))
+        builder.store(value, _pointer(builder, args[1], args[2], item), align=1)
         return context.get_dummy_value()
 
     return types.void(dtype, types.int64, types.int64, operand), codegen
-
-
-def _size(item: ir.Type) -> int:
-    return {FLOAT: 4, I32: 4, HALF: 2, I16: 2, I8: 1}[item]
 
 
 def _round_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:

@@ -1,6 +1,7 @@
 """The Lion update in place, many tensors a call, with 32-bit and with 8-bit momentum.
 
-Tables are int64 arrays with an entry per tensor: raw addresses of contiguous tensors, aligned to their items.
+Tables are int64 arrays with an entry per tensor: raw addresses of contiguous tensors, which
+need not be aligned.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tests.comparing import assert_same_bits
+from tests.comparing import assert_same_bits, guarded, to_numpy
 from tests.optimizers.support import (
     KINDS,
     ByHand,
@@ -112,6 +113,29 @@ def test_views_of_one_flat_buffer(make):
                 copies[p].check(p, optimizer)
         assert_same_bits(torch.cat([p.detach() for p in params]), flat[: sum(sizes)])
         assert_same_bits(flat[sum(sizes) :], tail)
+
+
+@every_kind
+@every_dtype
+def test_every_byte_alignment(make, dtype):
+    """A tensor over a buffer, such as a mapped file, begins at any byte; the bytes around it are left alone."""
+    kwargs = {**SMALL, "percentile_clipping": 50}
+    for offset in range(64):
+        values = base(300, dtype=dtype)
+        memory = guarded(to_numpy(values).view(np.uint8), offset_bytes=offset)
+        view = torch.frombuffer(memory.array, dtype=dtype)
+        assert view.data_ptr() % 64 == offset
+        p = nn.Parameter(view)
+        copy = ByHand.of(make, p, **kwargs)
+        gradient = guarded(to_numpy(base(300, dtype=dtype)).view(np.uint8), offset_bytes=63 - offset)
+        p.grad = torch.frombuffer(gradient.array, dtype=dtype)
+        optimizer = make([p], **kwargs)
+        for _ in range(2):
+            optimizer.step()
+            copy.step(p.grad, 1e-3, weight_decay=0.1)
+            copy.check(p, optimizer, f"offset {offset}")
+        memory.check()
+        gradient.check()
 
 
 @every_kind
