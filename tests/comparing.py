@@ -2,11 +2,13 @@
 
 Tolerance policy: two results are the same when dtype, shape and every bit agree; any NaN equals any NaN, because
 which NaN an operation returns is left to the hardware. Exceptions, each with its reason: none.
+
+Where one of two calls raises, both do, and the class of the exception is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -47,7 +49,9 @@ def bits(array: Array) -> Array:
     return np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}").reshape(array.shape)
 
 
-def assert_same_bits(actual: Any, expected: Any, *, what: str = "", block_size: int = 256) -> None:
+def assert_same_bits(
+    actual: Any, expected: Any, *, what: str = "", block_size: int = 256, inputs: Mapping[str, Any] | None = None
+) -> None:
     """Fail unless two arrays agree in dtype, shape and every bit, any NaN being equal to any NaN.
 
     Args:
@@ -55,9 +59,11 @@ def assert_same_bits(actual: Any, expected: Any, *, what: str = "", block_size: 
         expected: The same; the two may differ in kind.
         what: Name of the compared thing, shown first when they differ.
         block_size: Elements in a quantization block, for naming the block of a difference (default: 256).
+        inputs: What the compared thing was computed from, for the reproducer (default: None).
 
     Raises:
-        AssertionError: Naming the number of differing elements and, for the first few, index, block, bits and values.
+        AssertionError: Naming the number of differing elements and, for the first few, index, block, bits and values;
+            with ``inputs`` also Python code that makes those of the first differing block.
     """
     a, b = to_numpy(actual), to_numpy(expected)
     name = f"{what}: " if what else ""
@@ -84,7 +90,62 @@ def assert_same_bits(actual: Any, expected: Any, *, what: str = "", block_size: 
     ]
     if where.size > SHOWN:
         lines.append(f"  ... and {where.size - SHOWN} more, the last at element {where[-1]}")
+    if inputs is not None:
+        block = int(where[0]) // block_size
+        lines.append(f"inputs of block {block}, where element {where[0]} is number {where[0] % block_size}:")
+        lines += reproducer(inputs, a.size, block, block_size)
     raise AssertionError("\n".join(lines))
+
+
+def reproducer(inputs: Mapping[str, Any], size: int, block: int, block_size: int) -> list[str]:
+    """Return lines of Python that make the part of some inputs that one block depends on, to the bit.
+
+    Args:
+        inputs: Arrays, tensors or other values by name; arrays of ``size`` elements are cut to the block, arrays with
+            one element per block to that element, and all others are kept.
+        size: Elements of the compared arrays.
+        block: Number of the block.
+        block_size: Elements in a block.
+    """
+    parts = {size: slice(block * block_size, (block + 1) * block_size), -(-size // block_size): slice(block, block + 1)}
+    lines = []
+    for name, value in inputs.items():
+        if hasattr(value, "detach") or isinstance(value, np.ndarray | np.generic):
+            array = to_numpy(value).reshape(-1)
+            part = array[parts.get(array.size, slice(None))]
+            dtype = "ml_dtypes.bfloat16" if part.dtype == ml_dtypes.bfloat16 else f"{part.dtype.str!r}"
+            lines.append(f"{name} = np.frombuffer(bytes.fromhex({part.tobytes().hex()!r}), {dtype})")
+        else:
+            lines.append(f"{name} = {value!r}")
+    return lines
+
+
+def assert_same_outcome(actual: Callable[[], Any], expected: Callable[[], Any], *, what: str = "") -> None:
+    """Fail unless two calls raise exceptions of the same class, or both return arrays of the same bits.
+
+    Args:
+        actual: Called without arguments; returns an array, a tensor, or a tuple of them.
+        expected: The same.
+        what: Name of the compared thing, shown first when they differ.
+
+    Raises:
+        AssertionError: Naming both exceptions, or as :func:`assert_same_bits`.
+    """
+    (results, error), (expected_results, expected_error) = _outcome(actual), _outcome(expected)
+    if type(error) is not type(expected_error):
+        name = f"{what}: " if what else ""
+        raise AssertionError(f"{name}{error!r}, expected {expected_error!r}") from error
+    assert len(results) == len(expected_results), what
+    for i, (result, other) in enumerate(zip(results, expected_results, strict=True)):
+        assert_same_bits(result, other, what=f"{what} {i}")
+
+
+def _outcome(call: Callable[[], Any]) -> tuple[tuple[Any, ...], Exception | None]:
+    try:
+        result = call()
+    except Exception as error:
+        return (), error
+    return result if isinstance(result, tuple) else (result,), None
 
 
 class Guarded(NamedTuple):

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: any float bits, any size, any alignment, any hyper-parameters.
+"""Hypothesis strategies: any float bits, any size, any alignment, any options.
 
 Large inputs are drawn as a recipe and a seed and made by NumPy, which is fast and shrinks to simple recipes.
 """
@@ -164,6 +164,11 @@ def offsets(dtype: str) -> st.SearchStrategy[int]:
     return st.integers(0, 64 // itemsize - 1).map(lambda items: items * itemsize)
 
 
+def byte_offsets() -> st.SearchStrategy[int]:
+    """Byte offsets from a 64-byte boundary that a torch view can have, odd ones included: torch.frombuffer's."""
+    return st.integers(0, 63)
+
+
 def floats(dtype: str, size: int) -> st.SearchStrategy[Array]:
     """Flat arrays of a dtype and size, by any recipe."""
     return st.builds(make_floats, st.sampled_from(RECIPES), st.just(dtype), st.just(size), seeds())
@@ -206,3 +211,20 @@ def scales() -> st.SearchStrategy[np.float32]:
     clipping = st.floats(0.0, 1.0, width=32, exclude_min=True)
     any_bits = st.integers(0, 2**32 - 1).map(lambda pattern: np.uint32(pattern).view(np.float32))
     return st.just(np.float32(1.0)) | clipping.map(np.float32) | any_bits
+
+
+def options() -> st.SearchStrategy[dict[str, Any]]:
+    """Any options of a parameter group, as keyword arguments of an optimizer; missing ones are the defaults."""
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "lr": st.sampled_from([1e-3, 1e-4, 0.1, 2e-8, 0.0, 1e-45]) | st.floats(0.0, 0.1),
+            "betas": betas(),
+            "weight_decay": weight_decays(),
+            "optim_bits": st.sampled_from([8, 32]),
+            "min_8bit_size": st.sampled_from([0, 0, 256, 4096]),
+            "percentile_clipping": st.sampled_from([100, 1, 5, 99]) | st.integers(1, 100),
+            "block_wise": st.booleans(),
+            "is_paged": st.booleans(),
+        },
+    )

@@ -66,7 +66,7 @@ def tensors(
         aligned = draw(st.booleans())
         tensor = {}
         for name, (kind, values) in parts.items():
-            offset = st.integers(0, 63) if kind == "uint8" else strategies.offsets(kind)
+            offset = strategies.byte_offsets() if kind == "uint8" else strategies.offsets(kind)
             tensor[name] = (draw(values), 0 if aligned else draw(offset))
         drawn.append(tensor)
     return drawn
@@ -141,7 +141,7 @@ def check_update(
     for tensor, old in zip(buffers, before, strict=True):
         new = _expected(kind, old, k, old["scale"][0] if scaled else np.float32(1))
         for name, buffer in tensor.items():
-            assert_same_bits(buffer.read(), new.get(name, old[name]), what=name)
+            assert_same_bits(buffer.read(), new.get(name, old[name]), what=name, inputs={**old, "k": k})
     for buffer, values in ((work, items), (lookup, lookup_table()), (place, words)):
         assert_same_bits(buffer.read(), values, what="table")
 
@@ -306,7 +306,8 @@ def check_quantize_and_dequantize(
     )
     expected_codes, expected_absmax = reference.quantize_blockwise(values[0], qmap, block_size)
     assert_same_bits(absmax.read(), expected_absmax, what="absmax")
-    assert_same_bits(codes.read(), expected_codes, what="codes", block_size=block_size)
+    inputs = {"values": values[0], "qmap": qmap, "block_size": block_size}
+    assert_same_bits(codes.read(), expected_codes, what="codes", block_size=block_size, inputs=inputs)
     assert_same_bits(place.read(), values[0], what="values")
     launch.dequantize_blockwise(
         dtype, codes.address, absmax.address, place.address, size, entries.address, block_size, 0, 0

@@ -62,9 +62,7 @@ def tensors(draw: st.DrawFn, dtype: str, *, tensorwise: bool = False, max_size: 
             "step": ("float32", st.just(np.array([draw(st.integers(0, 1000))], np.float32))),
         }
         buffers = {
-            name: guarded(
-                draw(values), offset_bytes=draw(strategies.offsets(kind) if kind != "uint8" else st.integers(0, 63))
-            )
+            name: guarded(draw(values), offset_bytes=draw(strategies.byte_offsets()))
             for name, (kind, values) in kinds.items()
         }
         drawn.append(Tensor(scale=draw(strategies.scales()), **buffers))
@@ -83,11 +81,14 @@ def scales_of(drawn: list[Tensor]) -> npt.NDArray[np.float32]:
     return np.array([tensor.scale for tensor in drawn], np.float32)
 
 
-def check(drawn: list[Tensor], before: list[dict[str, Array]], expected: list[dict[str, Array]]) -> None:
+def check(
+    drawn: list[Tensor], before: list[dict[str, Array]], expected: list[dict[str, Array]], k: reference.Coefficients
+) -> None:
     for tensor, old, new in zip(drawn, before, expected, strict=True):
         for name in old:
             buffer = getattr(tensor, name)
-            assert_same_bits(buffer.array, new.get(name, old[name]), what=name)
+            inputs = {**old, "scale": tensor.scale, "k": k}
+            assert_same_bits(buffer.array, new.get(name, old[name]), what=name, inputs=inputs)
             buffer.check()
 
 
@@ -113,7 +114,7 @@ def test_update_32bit(data: st.DataObject, dtype: str, hyper: tuple[Any, ...], t
         np.array(k, np.float32),
         threads,
     )
-    check(drawn, before, expected)
+    check(drawn, before, expected, k)
 
 
 @given(st.data(), strategies.dtypes(), strategies.hyperparameters(), THREADS)
@@ -134,7 +135,7 @@ def test_update_8bit_blockwise(data: st.DataObject, dtype: str, hyper: tuple[Any
         np.array(k, np.float32),
         threads,
     )
-    check(drawn, before, expected)
+    check(drawn, before, expected, k)
 
 
 @given(st.data(), strategies.dtypes(), strategies.hyperparameters(), THREADS)
@@ -163,7 +164,7 @@ def test_update_8bit_tensorwise(data: st.DataObject, dtype: str, hyper: tuple[An
         np.array(k, np.float32),
         threads,
     )
-    check(drawn, before, expected)
+    check(drawn, before, expected, k)
     for t, new_absmax in zip(drawn, scratch, strict=True):
         assert_same_bits(new_absmax.array, t.absmax.array, what="new_absmax")
         new_absmax.check()
@@ -197,7 +198,7 @@ def test_squared_norm(data: st.DataObject, dtype: str, threads: int) -> None:
     # Over 32 chunks, the totals take part.
     sizes.append(data.draw(st.sampled_from([0, 32 * 4096, 33 * 4096 + 1])))
     grads = [
-        guarded(data.draw(strategies.floats(dtype, size)), offset_bytes=data.draw(strategies.offsets(dtype)))
+        guarded(data.draw(strategies.floats(dtype, size)), offset_bytes=data.draw(strategies.byte_offsets()))
         for size in sizes
     ]
     norms = cpu_kernels.squared_norm(dtype, addresses(grads), np.array(sizes, np.int64), threads)
@@ -258,16 +259,17 @@ def test_quantize_and_dequantize_blockwise(
     data: st.DataObject, dtype: str, block_size: int, qmap: npt.NDArray[np.float32], threads: int
 ) -> None:
     size = data.draw(strategies.sizes())
-    offset = data.draw(strategies.offsets(dtype))
+    offset = data.draw(strategies.byte_offsets())
     values = guarded(data.draw(strategies.floats(dtype, size)), offset_bytes=offset)
     old = values.array.copy()
-    codes = guarded((size,), np.uint8, offset_bytes=data.draw(st.integers(0, 63)))
-    absmax = guarded((-(-size // block_size),), np.float32, offset_bytes=data.draw(strategies.offsets("float32")))
+    codes = guarded((size,), np.uint8, offset_bytes=data.draw(strategies.byte_offsets()))
+    absmax = guarded((-(-size // block_size),), np.float32, offset_bytes=data.draw(strategies.byte_offsets()))
     places = [buffer.array.ctypes.data for buffer in (values, codes, absmax)]
     cpu_kernels.quantize_blockwise(dtype, *places, size, qmap, block_size, threads)
     expected_codes, expected_absmax = reference.quantize_blockwise(old, qmap, block_size)
     assert_same_bits(absmax.array, expected_absmax, what="absmax", block_size=block_size)
-    assert_same_bits(codes.array, expected_codes, what="codes", block_size=block_size)
+    inputs = {"values": old, "qmap": qmap, "block_size": block_size}
+    assert_same_bits(codes.array, expected_codes, what="codes", block_size=block_size, inputs=inputs)
     assert_same_bits(values.array, old, what="values")
     cpu_kernels.dequantize_blockwise(dtype, *places[1:], places[0], size, qmap, block_size, threads)
     with np.errstate(all="ignore"):
