@@ -72,6 +72,11 @@ class Plan:
         for p, name, number, override in members:
             options = {**groups[number], **override}
             form, percentile = form_of(p.numel(), options), options["percentile_clipping"]
+            if percentile < 100 and getattr(p, "_fsdp_flattened", False):
+                raise ValueError(
+                    f"Invalid percentile_clipping for {name}: {percentile}; 100 is allowed with FSDP1, whose shards "
+                    "do not tell the whole parameter's norm; those of torch.distributed.fsdp.fully_shard do"
+                )
             new_states[p] = state.adapted(states.get(p), p, form, name)
             hyperparameters = tuple(override.get(key) for key in HYPERPARAMETERS)
             portion = paged_bytes // _PORTION

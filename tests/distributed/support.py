@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from tests.comparing import assert_same_bits
 
@@ -42,7 +43,7 @@ def loss_of(model: nn.Module, step: int, rank: int = 0, size: int = 1) -> Tensor
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, accumulate: int = 1) -> None:
     """Take steps, each on this rank's part of the batches of ``accumulate`` consecutive numbers."""
-    wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, FullyShardedDataParallel))
     rank, size = (dist.get_rank(), dist.get_world_size()) if wrapped else (0, 1)
     for step in steps:
         for i in range(accumulate):
