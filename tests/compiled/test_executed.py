@@ -6,7 +6,6 @@ The executor (ptxrun) runs what the compiler emitted: every access is checked, w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,21 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_kernels import launch
-from cuda_kernels.device import WARPS
 from tests import strategies
-from tests.compiled import building
 from tests.differential import cuda_cases as cases
 
 ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importable")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-CAPABILITY = (9, 0)
-BLOCKS = 2
+from tests.compiled import executing  # noqa: E402
+
 KINDS = ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"]
 
 some = settings(max_examples=25)
-_modules: dict[tuple[Any, ...], Any] = {}
-_launches = 0
 
 
 class CheckedBuffer:
@@ -42,7 +37,7 @@ class CheckedBuffer:
 
 
 class CheckedMemory:
-    resident_blocks = BLOCKS
+    resident_blocks = executing.BLOCKS
 
     def put(self, values: cases.Array, offset_bytes: int = 0) -> CheckedBuffer:
         return CheckedBuffer(values, offset_bytes)
@@ -51,27 +46,9 @@ class CheckedMemory:
 MEMORY = CheckedMemory()
 
 
-def execute(name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int) -> None:
-    """Do what ``launch._launch`` does, by the executor instead of a GPU."""
-    global _launches
-    _launches += 1
-    if (name, dtype, device) not in _modules:
-        _modules[name, dtype, device] = ptxrun.Module(building.ptx(launch.kernel(name, dtype), CAPABILITY))
-    information = _modules[name, dtype, device].launch(
-        None,
-        max(1, min(blocks, BLOCKS)),
-        32 * WARPS,
-        [np.int64(argument) for argument in arguments],
-        order="random",
-        block_order="random",
-        seed=_launches,
-    )
-    assert not information.warnings
-
-
 @pytest.fixture(autouse=True, scope="module")
 def executor() -> Iterator[None]:
-    original, launch._launch = launch._launch, execute
+    original, launch._launch = launch._launch, executing.execute
     yield
     launch._launch = original
 

@@ -1,0 +1,91 @@
+"""Trainings of many steps whose kernels are executed from their compiled PTX equal the reference after each step.
+
+Everything but the launch is what runs on a GPU: the CUDA backend, its tables, work lists and scratch memory. Only the
+memory that a launch may touch is reachable, and gradients are read-only.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from cuda_kernels import launch
+from lion import backends, cuda_backend, options
+from lion.backends import StepCoefficients
+from lion.batches import Batch
+from lion.cuda_backend import CudaBackend
+from tests.comparing import to_numpy
+from tests.differential import training
+
+ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importable")
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+
+from tests.compiled import executing  # noqa: E402
+
+every_class = pytest.mark.parametrize("cls", training.CLASSES)
+
+
+class ExecutedBackend(CudaBackend):
+    """The CUDA backend on CPU tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(simulated=True)
+        self.launches = 0
+
+    def update(self, batch: Batch, step: StepCoefficients) -> None:
+        self.batch = batch
+        super().update(batch, step)
+
+    def execute(self, *arguments: int) -> None:
+        """Launch a kernel that reaches the batch's tensors and scratch memory, and nothing else."""
+        self.launches += 1
+        memory = self.batch.device_memory
+        states = [tensor for state in self.batch.states for tensor in state.values()]
+        writable = [*self.batch.operands, *states, memory.scales, memory.partials]
+        fixed = [*self.batch.gradients, *memory.works, memory.tables, cuda_backend._lookup(torch.device("cpu"))]
+        for tensor in writable:
+            ptxrun.register(to_numpy(tensor).reshape(-1).view(np.uint8))
+        for tensor in fixed:
+            ptxrun.register(to_numpy(tensor).reshape(-1).view(np.uint8), writable=False)
+        try:
+            executing.execute(*arguments)
+        finally:
+            ptxrun.unregister()
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> ExecutedBackend:
+    monkeypatch.setattr(options, "MIN_PAGED_SIZE", 256)  # so that small state is paged too
+    monkeypatch.setattr(launch, "simulated", lambda: True)
+    monkeypatch.setattr(launch, "require", lambda: None)
+    monkeypatch.setattr(launch, "resident_blocks", lambda device: executing.BLOCKS)
+    executed = ExecutedBackend()
+    monkeypatch.setattr(launch, "_launch", executed.execute)
+    make = backends._make
+    monkeypatch.setattr(backends, "_make", lambda name, on_cpu: executed if name == "cuda" else make(name, on_cpu))
+    return executed
+
+
+@every_class
+def test_training(cls: str, backend: ExecutedBackend) -> None:
+    @settings(max_examples=2)
+    @given(training.recipes(cls, max_groups=2))
+    def check(recipe: training.Recipe) -> None:
+        training.check_lockstep(recipe, "cuda", 107, by_cpu=95)
+
+    check()
+    assert backend.launches > 24
+
+
+@pytest.mark.exhaustive
+@every_class
+def test_training_all_steps(cls: str, backend: ExecutedBackend) -> None:
+    @settings(max_examples=2)
+    @given(training.recipes(cls, max_groups=2))
+    def check(recipe: training.Recipe) -> None:
+        training.check_lockstep(recipe, "cuda", training.STEPS)
+
+    check()
+    assert backend.launches > 2 * training.STEPS
