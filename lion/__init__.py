@@ -2,6 +2,7 @@
 
 from lion import exchange, functional
 from lion.backends import use_backend
+from lion.in_backward import StepInBackward
 from lion.optimizers import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
 from lion.overrides import GlobalOptimManager
 
@@ -13,6 +14,7 @@ __all__ = [
     "PagedLion",
     "PagedLion8bit",
     "PagedLion32bit",
+    "StepInBackward",
     "exchange",
     "functional",
     "use_backend",

@@ -57,6 +57,7 @@ class Lion(Optimizer):
     """
 
     _plan: Plan | None = None
+    _in_backward: object = None
 
     def __init__(
         self,

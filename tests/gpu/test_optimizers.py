@@ -73,6 +73,22 @@ def test_gpu_equals_cpu(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_steps_in_backward(options: dict[str, Any]) -> None:
+    params = parameters(GPU)
+    optimizer = lion.Lion(params, lr=1e-2, weight_decay=0.1, **options)
+    lion.StepInBackward(optimizer)
+    for step in range(8):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (step + 1)
+        loss = sum((p.float() * g.float()).sum() for p, g in zip(params, gradients(params, step), strict=True))
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        assert all(p.grad is None for p in params)
+    found = [p.detach() for p in params] + [v for p in params for v in optimizer.state[p].values()]
+    for i, (actual, expected) in enumerate(zip(found, trained(GPU, 8, **options), strict=True)):
+        assert_same_bits(actual.cpu(), expected.cpu(), what=f"tensor {i}")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_step_neither_waits_nor_allocates(options: dict[str, Any]) -> None:
     params = [p for p in parameters(GPU) if p.is_contiguous()]
     optimizer = lion.Lion(params, lr=torch.tensor(1e-3, device=GPU), weight_decay=0.1, **options)

@@ -1,0 +1,111 @@
+"""The step taken within the backward pass, so that a gradient lives only until its parameter has moved."""
+
+from __future__ import annotations
+
+import weakref
+from types import TracebackType
+
+from torch import Tensor, distributed
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lion.optimizers import Lion
+from lion.plan import parameter_name
+
+_owners = WeakTensorKeyDictionary()
+
+
+class StepInBackward:
+    """Steps each parameter as soon as its gradient is complete, and sets the gradient to None.
+
+    The numbers are those of :meth:`Lion.step`, bit for bit, percentile clipping included. Learning rates, other
+    options and overrides are read at every step, and the states are the optimizer's: schedulers, ``state_dict`` and
+    ``load_state_dict`` work as ever.
+
+    Every backward pass is a step of all parameters that it reaches. So gradients cannot be accumulated, clipped
+    together or scaled by a ``GradScaler``. :meth:`Lion.step` may still be called: it steps what has a gradient left,
+    such as parameters that were added or unfrozen later, and otherwise does nothing.
+
+    It ends with :meth:`remove`, or with a ``with`` block, or with the optimizer.
+
+    Args:
+        optimizer: The optimizer; those of its parameters that require a gradient now are stepped in backward.
+
+    Raises:
+        TypeError: If ``optimizer`` is none of this package.
+        ValueError: If a parameter is in the optimizer twice, is stepped in backward already, or is not sharded while
+            there are several processes, which would average gradients only after backward.
+    """
+
+    def __init__(self, optimizer: Lion) -> None:
+        if not isinstance(optimizer, Lion):
+            raise TypeError(f"Invalid optimizer: {type(optimizer).__name__}; one of this package is allowed")
+        self._optimizer = optimizer
+        # For each parameter the optimizer that takes its steps, and the number of its group.
+        self._steppers: dict[Tensor, tuple[Lion, int]] = {}
+        processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        for number, group in enumerate(optimizer.param_groups):
+            for index, p in enumerate(group["params"]):
+                if not (p.requires_grad and p.is_leaf):
+                    continue
+                name = parameter_name(group, number, index)
+                if p in self._steppers:
+                    raise ValueError(f"Invalid optimizer: it holds {name} twice")
+                if p in _owners and _owners[p]() is not None:
+                    raise ValueError(f"Invalid optimizer: {name} is stepped in backward already")
+                if processes > 1 and not _is_sharded(p):
+                    raise ValueError(
+                        f"Invalid optimizer: {name} is not sharded; each of the {processes} processes would step on "
+                        "its own gradient"
+                    )
+                stepper = Lion([p])
+                names = group.get("param_names")
+                stepper.param_groups[0]["param_names"] = [names[index] if names else f"{index} of group {number}"]
+                self._steppers[p] = stepper, number
+        # torch does not show a hook to the garbage collector: one that held the optimizer would keep it forever.
+        owner = weakref.ref(self)
+        optimizer._in_backward = self
+
+        def hook(p: Tensor) -> None:
+            if (alive := owner()) is not None:
+                alive._step(p)
+
+        self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._steppers]
+        _owners.update(dict.fromkeys(self._steppers, owner))
+
+    def _step(self, p: Tensor) -> None:
+        stepper, number = self._steppers[p]
+        states = self._optimizer.state
+        group = stepper.param_groups[0]
+        own = {key: group[key] for key in ("params", "param_names")}
+        group.clear()
+        group.update({**self._optimizer.param_groups[number], **own})
+        stepper.state.clear()
+        if p in states:
+            stepper.state[p] = states[p]
+        stepper.step()
+        states.update(stepper.state)
+        p.grad = None
+
+    def remove(self) -> None:
+        """End the steps in backward; the optimizer goes on with its own ``step``."""
+        for hook in self._hooks:
+            hook.remove()
+        for p in self._steppers:
+            _owners.pop(p, None)
+        self._steppers.clear()
+        self._hooks.clear()
+
+    def __enter__(self) -> StepInBackward:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _is_sharded(p: Tensor) -> bool:
+    # Importing it takes a second, which one process need not spend.
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(p, DTensor)
