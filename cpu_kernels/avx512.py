@@ -1,7 +1,7 @@
 """The table lookups of 8-bit states without gathers, 64 elements at a time, on processors with AVX-512 VBMI.
 
-A table of 256 four-byte entries is kept as four planes of bytes; a plane is looked up for 64 codes at once by two
-byte permutations of 128 entries each, and the planes are put together again.
+A table of four-byte entries is kept as four planes of bytes; a plane is looked up for 64 codes at once by byte
+permutations of 128 entries each, and the planes are put together again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cpu_kernels.device import FLOAT, I8, I32, I64, MAGNITUDE
+from cpu_kernels.device import FLOAT, I8, I16, I32, I64
 from reference import create_dynamic_map, quantize_thresholds
 
-BYTES, WORDS = ir.VectorType(I8, 64), ir.VectorType(ir.IntType(16), 32)
+BYTES, WORDS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 INTEGERS, FLOATS16 = ir.VectorType(I32, 16), ir.VectorType(FLOAT, 16)
 GROUP = 64
 
@@ -30,36 +30,53 @@ AVAILABLE = (
 )
 
 _QMAP = create_dynamic_map()
-_THRESHOLDS = np.append(quantize_thresholds(_QMAP), np.float32(np.inf))
+ZERO_CODE = 127
+# Biased exponents of the magnitudes that are told apart: all thresholds lie between them.
+_FIRST_EXPONENT, _LAST_EXPONENT = 104, 127
 
 
-def _decades() -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Return what estimates a code from the magnitude of a value.
+def _threshold_keys() -> npt.NDArray[np.uint32]:
+    """Return the least keys of values beyond the 128 thresholds between 0 and 1, the same for both signs.
 
-    Decade ``d`` of the map, 0 to 6, has ``2**d`` evenly spaced values: ``code - 127 = slope * x + offset``. The
-    first table has an entry for the last five bits of the exponent, from 2**-23 to 1; added to the bits of a
-    magnitude it gives the decade in the upper 9 bits, the mantissa carrying at the power of ten.
+    The key of a value is its bits rotated left by one: the magnitude, then the sign. A tie goes to the lower code,
+    which lies beyond the threshold where the sign is set.
     """
-    powers = [10.0 ** (d - 6) for d in range(7)]
-    slopes = [2.0**d / (0.9 * power) for d, power in enumerate(powers)]
-    offsets = [2.0**d - 0.5 - 0.1 * power * slope for d, (power, slope) in enumerate(zip(powers, slopes, strict=True))]
-    entries = np.zeros(32, np.uint32)
-    for exponent in range(104, 128):
-        first = 2.0 ** (exponent - 127)
-        decade = max(0, sum(first >= 0.1 * power for power in powers) - 1)
-        carry = 0
-        if decade < 6 and 0.1 * powers[decade + 1] < 2 * first:
-            carry = int((2.0 - 0.1 * powers[decade + 1] / first) * 2**23)
-        entries[exponent % 32] = (((decade - exponent) << 23) + carry) % 2**32
-    return entries, np.array(slopes, np.float32), np.array(offsets, np.float32)
+    thresholds = quantize_thresholds(_QMAP)
+    positive = thresholds[ZERO_CODE:].view(np.uint32)
+    negative = np.append(-thresholds[:ZERO_CODE][::-1], np.float32(1.0)).view(np.uint32)
+    is_tie = negative == positive
+    return 2 * positive + np.where(is_tie, 1, 2).astype(np.uint32)
+
+
+def _buckets() -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16], npt.NDArray[np.uint8]]:
+    """Return the tables that find a code by the upper half of a key.
+
+    Every octave is cut into so many buckets, a power of two, that none holds more than one threshold. With ``upper``
+    less the first exponent, and the entries of the first two tables at what is left of the exponent, the bucket is
+    ``(upper + addend) >> shift``. The third table has the code at the bucket's begin, of a positive value.
+    """
+    keys = _threshold_keys().astype(np.int64)
+    addends, shifts = np.zeros(32, np.uint16), np.zeros(32, np.uint16)
+    codes: list[int] = []
+    for octave in range(_LAST_EXPONENT - _FIRST_EXPONENT + 1):
+        for bits in range(9):
+            starts = ((octave + _FIRST_EXPONENT) << 24) + (np.arange((1 << bits) + 1) << (24 - bits))
+            below = np.searchsorted(keys, starts, side="right")
+            if (np.diff(below) <= 1).all():
+                break
+        shifts[octave] = 8 - bits
+        addends[octave] = ((len(codes) << (8 - bits)) - (octave << 8)) % 2**16
+        # From 1 on no threshold is left; the last one lies below 1 and serves again.
+        codes += [ZERO_CODE + min(int(n), 127) for n in below[:-1]]
+    return addends, shifts, np.array(codes + [0] * (256 - len(codes)), np.uint8)
 
 
 def _vector(item: ir.Type, values: npt.NDArray[np.generic]) -> ir.Constant:
     return ir.Constant(ir.VectorType(item, len(values)), values.tolist())
 
 
-def _splat(item: ir.Type, value: float) -> ir.Constant:
-    return ir.Constant(ir.VectorType(item, 16), [value] * 16)
+def _splat(vector: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
 
 
 def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
@@ -72,10 +89,11 @@ def _shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, order: list[int]) 
 
 
 def _concatenate(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
-    a, b, c, d = vectors
-    order = list(range(2 * a.type.count))
-    low, high = _shuffle(builder, a, b, order), _shuffle(builder, c, d, order)
-    return _shuffle(builder, low, high, list(range(2 * len(order))))
+    """Return two or four vectors as one."""
+    while len(vectors) > 1:
+        order = list(range(2 * vectors[0].type.count))
+        vectors = [_shuffle(builder, a, b, order) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
 
 
 def _unpack(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, upper: bool) -> ir.Value:
@@ -87,22 +105,30 @@ def _unpack(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, upper: bool) -> ir.
     return _shuffle(builder, a, b, [j for i in order for j in (i, i + count)])
 
 
-def _lookup(builder: ir.IRBuilder, table: npt.NDArray[np.float32], codes: ir.Value) -> list[ir.Value]:
-    """Return the entries of 64 codes, in four vectors of 16 float32."""
+def _permute(builder: ir.IRBuilder, table: npt.NDArray[np.uint8], codes: ir.Value) -> ir.Value:
+    """Return the bytes of a table of 128 entries, by the lower 7 bits of the codes."""
+    return _call(builder, "vpermi2var.qi.512", _vector(I8, table[:64]), codes, _vector(I8, table[64:]))
+
+
+def _lookup_bytes(builder: ir.IRBuilder, table: npt.NDArray[np.uint8], codes: ir.Value) -> ir.Value:
+    """Return the bytes of a table of 128 or 256 entries."""
+    if len(table) == 128:
+        return _permute(builder, table, codes)
+    upper_half = builder.icmp_signed("<", codes, _splat(BYTES, 0))
+    return builder.select(upper_half, _permute(builder, table[128:], codes), _permute(builder, table[:128], codes))
+
+
+def _lookup(builder: ir.IRBuilder, table: npt.NDArray[np.generic], codes: ir.Value) -> list[ir.Value]:
+    """Return the four-byte entries of 64 codes, in four vectors of 16 integers."""
     # Putting the planes together works within lanes; this order of the codes makes up for that.
     quads = builder.bitcast(codes, INTEGERS)
     quads = _shuffle(builder, quads, quads, [4 * i + j for j in range(4) for i in range(4)])
     codes = builder.bitcast(quads, BYTES)
-    upper_half = builder.icmp_signed("<", codes, ir.Constant(BYTES, [0] * 64))
-    planes = []
-    for plane in table.view(np.uint8).reshape(256, 4).T:
-        parts = [_vector(I8, part) for part in plane.reshape(4, 64)]
-        low, high = (_call(builder, "vpermi2var.qi.512", parts[i], codes, parts[i + 1]) for i in (0, 2))
-        planes.append(builder.select(upper_half, high, low))
+    planes = [_lookup_bytes(builder, plane, codes) for plane in table.view(np.uint8).reshape(-1, 4).T]
     vectors = []
     for upper in (False, True):
         low, high = (builder.bitcast(_unpack(builder, planes[i], planes[i + 1], upper), WORDS) for i in (0, 2))
-        vectors += [builder.bitcast(_unpack(builder, low, high, half), FLOATS16) for half in (False, True)]
+        vectors += [builder.bitcast(_unpack(builder, low, high, half), INTEGERS) for half in (False, True)]
     return vectors
 
 
@@ -117,47 +143,53 @@ def dequantize_group(typingctx, codes, values):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         vectors = _lookup(builder, _QMAP, builder.load(_at(builder, args[0], 0, BYTES), align=1))
         for i, vector in enumerate(vectors):
-            builder.store(vector, _at(builder, args[1], 64 * i, FLOATS16), align=4)
+            builder.store(vector, _at(builder, args[1], 64 * i, INTEGERS), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+def _bucket_codes(builder: ir.IRBuilder, bits: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
+    """Return the codes at the begins of the buckets, and whether values are negative."""
+    addends, shifts, codes = _buckets()
+    buckets, negative = [], []
+    for i in (0, 2):
+        low, high = (builder.bitcast(b, WORDS) for b in bits[i : i + 2])
+        upper = _call(builder, "vpermi2var.hi.512", low, _vector(I16, np.arange(1, 64, 2)), high)
+        negative.append(builder.icmp_signed("<", upper, _splat(WORDS, 0)))
+        upper = builder.shl(upper, _splat(WORDS, 1))
+        begin = _splat(WORDS, _FIRST_EXPONENT << 8)
+        upper = builder.sub(builder.select(builder.icmp_unsigned(">", upper, begin), upper, begin), begin)
+        octave = builder.lshr(upper, _splat(WORDS, 8))
+        addend, shift = (_call(builder, "permvar.hi.512", _vector(I16, table), octave) for table in (addends, shifts))
+        buckets.append(_call(builder, "psrlv.w.512", builder.add(upper, addend), shift))
+    low, high = (builder.bitcast(bucket, BYTES) for bucket in buckets)
+    bucket = _call(builder, "vpermi2var.qi.512", low, _vector(I8, np.arange(0, 128, 2)), high)
+    return _lookup_bytes(builder, codes, bucket), _concatenate(builder, negative)
 
 
 @intrinsic
 def quantize_group(typingctx, values, reciprocal, codes):  # type: ignore[no-untyped-def]
     """quantize_group(values, reciprocal, codes): write the dynamic map's codes of 64 float32; takes addresses.
 
-    A code is estimated from the decade of its value: either right or one too low. One comparison with the threshold
-    above the estimate tells which.
+    A value's bucket gives a code, either right or one too low. One comparison with the next threshold tells which.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        entries, slopes, offsets = _decades()
-        entries_low, entries_high = _vector(I32, entries[:16]), _vector(I32, entries[16:])
-        slopes, offsets = (_vector(FLOAT, np.resize(lines, 16)) for lines in (slopes, offsets))
         first = builder.insert_element(ir.Constant(FLOATS16, ir.Undefined), args[1], I32(0))
         factor = _shuffle(builder, first, first, [0] * 16)
-        quotients, estimates = [], []
-        for i in range(4):
-            x = builder.fmul(builder.load(_at(builder, args[0], 64 * i, FLOATS16), align=4), factor)
-            bits = builder.bitcast(x, INTEGERS)
-            magnitude = builder.and_(bits, _splat(I32, int(MAGNITUDE)))
-            smallest = _splat(I32, 104 << 23)
-            clamped = builder.select(builder.icmp_unsigned("<", magnitude, smallest), smallest, magnitude)
-            exponent = builder.lshr(clamped, _splat(I32, 23))
-            entry = _call(builder, "vpermi2var.d.512", entries_low, exponent, entries_high)
-            decade = builder.lshr(builder.add(entry, clamped), _splat(I32, 23))
-            slope, offset = (_call(builder, "permvar.sf.512", lines, decade) for lines in (slopes, offsets))
-            sign = builder.and_(bits, _splat(I32, 1 << 31))
-            offset = builder.bitcast(builder.xor(builder.bitcast(offset, INTEGERS), sign), FLOATS16)
-            estimate = builder.fadd(builder.fadd(builder.fmul(x, slope), offset), _splat(FLOAT, 127.0))
-            quotients.append(x)
-            estimates.append(builder.trunc(builder.fptosi(estimate, INTEGERS), ir.VectorType(I8, 16)))
-        estimate = _concatenate(builder, estimates)
-        thresholds = _lookup(builder, _THRESHOLDS, estimate)
-        above = [builder.fcmp_ordered(">", x, t) for x, t in zip(quotients, thresholds, strict=True)]
-        correction = builder.sext(_concatenate(builder, above), BYTES)
-        builder.store(builder.sub(estimate, correction), _at(builder, args[2], 0, BYTES), align=1)
+        values = [builder.load(_at(builder, args[0], 64 * i, FLOATS16), align=4) for i in range(4)]
+        bits = [builder.bitcast(builder.fmul(value, factor), INTEGERS) for value in values]
+        codes, negative = _bucket_codes(builder, bits)
+        thresholds = _lookup(builder, np.roll(_threshold_keys(), ZERO_CODE), codes)
+        keys = [builder.or_(builder.shl(b, _splat(INTEGERS, 1)), builder.lshr(b, _splat(INTEGERS, 31))) for b in bits]
+        beyond = [builder.icmp_unsigned(">=", key, t) for key, t in zip(keys, thresholds, strict=True)]
+        codes = builder.sub(codes, builder.sext(_concatenate(builder, beyond), BYTES))
+        # Codes of negative values are mirrored at that of 0; the map has no -1.
+        last = _splat(BYTES, 2 * ZERO_CODE)
+        in_map = builder.select(builder.icmp_unsigned(">", codes, last), last, codes)
+        codes = builder.select(negative, builder.sub(last, in_map), codes)
+        builder.store(codes, _at(builder, args[2], 0, BYTES), align=1)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.int64), codegen

@@ -51,7 +51,7 @@ def _bucket_table() -> npt.NDArray[np.uint32]:
 
 
 BUCKETS = _bucket_table()
-ZERO_CODE = np.uint32(127)
+ZERO_CODE = np.uint32(avx512.ZERO_CODE)
 
 
 @inlined
