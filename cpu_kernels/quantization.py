@@ -87,7 +87,7 @@ def quantize_block(block: int, entries: int, size: int, absmax: np.float32, code
             store("uint8", codes, i, ZERO_CODE)
         return
     reciprocal = np.float32(1.0) / absmax
-    done = quantize_groups(block, size, reciprocal, codes)
+    done = quantize_groups(block, entries, size, reciprocal, codes)
     for i in range(done, size):
         bits = np.int32(float_to_bits(load("float32", block, i) * reciprocal))
         # Ascends with the value, as a signed integer.
@@ -102,18 +102,31 @@ def quantize_block(block: int, entries: int, size: int, absmax: np.float32, code
 
 
 if avx512.AVAILABLE:
+    GROUP = avx512.GROUP
 
+    # The last group of a block may be short, and there need not be memory beyond the last code.
     @inlined
     def dequantize_groups(codes: int, size: int, block: int) -> int:
-        for i in range(size // avx512.GROUP):
-            avx512.dequantize_group(codes + i * avx512.GROUP, block + 4 * i * avx512.GROUP)
-        return size // avx512.GROUP * avx512.GROUP
+        whole = size // GROUP * GROUP
+        for i in range(0, whole, GROUP):
+            avx512.dequantize_group(codes + i, block + 4 * i)
+        if whole < size:
+            last = block + 4 * whole
+            for i in range(size - whole):
+                store("uint8", last, i, load("uint8", codes, whole + i))
+            avx512.dequantize_group(last, last)
+        return size
 
     @inlined
-    def quantize_groups(block: int, size: int, reciprocal: np.float32, codes: int) -> int:
-        for i in range(size // avx512.GROUP):
-            avx512.quantize_group(block + 4 * i * avx512.GROUP, reciprocal, codes + i * avx512.GROUP)
-        return size // avx512.GROUP * avx512.GROUP
+    def quantize_groups(block: int, entries: int, size: int, reciprocal: np.float32, codes: int) -> int:
+        whole = size // GROUP * GROUP
+        for i in range(0, whole, GROUP):
+            avx512.quantize_group(block + 4 * i, reciprocal, codes + i)
+        if whole < size:
+            avx512.quantize_group(block + 4 * whole, reciprocal, entries)
+            for i in range(size - whole):
+                store("uint8", codes, whole + i, load("uint8", entries, i))
+        return size
 
 else:
 
@@ -122,7 +135,7 @@ else:
         return 0
 
     @inlined
-    def quantize_groups(block: int, size: int, reciprocal: np.float32, codes: int) -> int:
+    def quantize_groups(block: int, entries: int, size: int, reciprocal: np.float32, codes: int) -> int:
         return 0
 
 
