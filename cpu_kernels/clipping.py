@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.device import FLOATS, INTEGER, TABLE, by_dtype, inlined, kernel, load, store
+from cpu_kernels.device import FLOAT32, FLOATS, INTEGER, TABLE, by_dtype, inlined, kernel, load, store
 from cpu_kernels.pool import Int64Array, enter, leave, pull, run
 from reference.clipping import CHUNK, CHUNK_LANES, HISTORY, TOTAL_LANES
 
 Float32Array = npt.NDArray[np.float32]
 
 
-def squared_norm(dtype: str, grads: Int64Array, sizes: Int64Array, threads: int) -> Float32Array:
+def squared_norm(
+    dtype: str, grads: Int64Array, sizes: Int64Array, threads: int, inv_scale: float | np.float32 = 1.0
+) -> Float32Array:
     """Return the squared norms of gradients, see :func:`reference.squared_norm`.
 
     Args:
@@ -23,6 +25,7 @@ def squared_norm(dtype: str, grads: Int64Array, sizes: Int64Array, threads: int)
         grads: int64 array: addresses of the gradients.
         sizes: int64 array: element counts.
         threads: How many threads may work, at least 1.
+        inv_scale: Factor that undoes the scaling of the loss, rounded to float32 (default: 1).
 
     Returns:
         float32 array, one per gradient.
@@ -31,16 +34,14 @@ def squared_norm(dtype: str, grads: Int64Array, sizes: Int64Array, threads: int)
         ValueError: If ``dtype`` is another or ``threads`` is below 1.
     """
     partials = np.empty(int(np.maximum(-(-sizes // CHUNK), 1).sum()), np.float32)
-    run(_partials_kernel(dtype), threads, sizes.sum(), grads, sizes, partials)
+    run(_partials_kernel(dtype), threads, sizes.sum(), grads, sizes, partials, inv_scale)
     norms = np.empty(sizes.size, np.float32)
     run(_totals_kernel(), threads, 0, sizes, partials, norms)
     return norms
 
 
 def percentile_clipping(
-    dtype: str,
-    grads: Int64Array,
-    sizes: Int64Array,
+    squared_norms: Float32Array,
     gnorm_vecs: Int64Array,
     steps: Int64Array,
     scales: Float32Array,
@@ -50,9 +51,7 @@ def percentile_clipping(
     """Record squared gradient norms and write the scales that clip, see :func:`reference.percentile_clipping`.
 
     Args:
-        dtype: The dtype of the gradients: "float32", "float16" or "bfloat16".
-        grads: int64 array: addresses of the gradients.
-        sizes: int64 array: element counts.
+        squared_norms: float32 array: the squared norms.
         gnorm_vecs: int64 array: addresses of the histories, float32 of shape (100,), updated in place.
         steps: int64 array: addresses of float32 step counters, which stand one below the step recorded.
         scales: float32 array to write: factors of the gradients.
@@ -64,8 +63,7 @@ def percentile_clipping(
     """
     if not 1 <= percentile < HISTORY:
         raise ValueError(f"Invalid percentile: {percentile}; 1 to 99 is allowed")
-    norms = squared_norm(dtype, grads, sizes, threads)
-    run(_clip_kernel(), threads, 0, norms, gnorm_vecs, steps, scales, percentile)
+    run(_clip_kernel(), threads, 0, squared_norms, gnorm_vecs, steps, scales, percentile)
 
 
 @inlined
@@ -81,8 +79,8 @@ def add_pairs(lanes: Any) -> Any:
 
 @by_dtype
 def _partials_kernel(dtype: str) -> Any:
-    @kernel(dtype, TABLE, TABLE, FLOATS)
-    def partial_sums(control, grads, sizes, partials):  # type: ignore[no-untyped-def]
+    @kernel(dtype, TABLE, TABLE, FLOATS, FLOAT32)
+    def partial_sums(control, grads, sizes, partials, inv_scale):  # type: ignore[no-untyped-def]
         lanes = np.empty(CHUNK_LANES, np.float32)
         mode = enter(control)
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
@@ -91,7 +89,7 @@ def _partials_kernel(dtype: str) -> Any:
             lanes[:] = np.float32(0.0)
             while begin < end:
                 for i in range(min(CHUNK_LANES, end - begin)):
-                    g = load(dtype, grad, begin + i)
+                    g = load(dtype, grad, begin + i) * inv_scale
                     lanes[i] += g * g
                 begin += CHUNK_LANES
             partials[number] = add_pairs(lanes)

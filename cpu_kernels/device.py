@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
-TABLE, FLOATS, INTEGER = types.int64[::1], types.float32[::1], types.int64
+TABLE, FLOATS, INTEGER, FLOAT32 = types.int64[::1], types.float32[::1], types.int64, types.float32
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, "uint32": I32, "uint8": I8}

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpu_kernels.device import (
+    FLOAT32,
     FLOATS,
     MAGNITUDE,
     TABLE,
@@ -43,6 +44,7 @@ def update_32bit(
     scales: Float32Array,
     k: Float32Array,
     threads: int,
+    inv_scale: float | np.float32 = 1.0,
 ) -> None:
     """Step tensors with float32 momentum, see :func:`reference.update_32bit`.
 
@@ -53,14 +55,15 @@ def update_32bit(
         momentums: Addresses of the momentum, float32, updated in place.
         sizes: Element counts.
         steps: Addresses of float32 step counters that grow by 1; 0 for none.
-        scales: float32 array: factors of the gradients.
+        scales: float32 array: factors that clip the gradients.
         k: float32 array of shape (6,): the fields of :class:`reference.Coefficients`.
         threads: How many threads may work, at least 1.
+        inv_scale: Factor that undoes the scaling of the loss, rounded to float32 (default: 1).
 
     Raises:
         ValueError: If ``dtype`` is another or ``threads`` is below 1.
     """
-    run(_update_32bit_kernel(dtype), threads, sizes.sum(), params, grads, momentums, sizes, steps, scales, k)
+    run(_update_32bit_kernel(dtype), threads, sizes.sum(), params, grads, momentums, sizes, steps, scales, k, inv_scale)
 
 
 def update_8bit_blockwise(
@@ -74,6 +77,7 @@ def update_8bit_blockwise(
     scales: Float32Array,
     k: Float32Array,
     threads: int,
+    inv_scale: float | np.float32 = 1.0,
 ) -> None:
     """Step tensors with blockwise 8-bit momentum, see :func:`reference.update_8bit_blockwise`.
 
@@ -87,14 +91,28 @@ def update_8bit_blockwise(
         absmax: Addresses of the absmax, float32, one per block, updated in place.
         sizes: Element counts.
         steps: Addresses of float32 step counters that grow by 1; 0 for none.
-        scales: float32 array: factors of the gradients.
+        scales: float32 array: factors that clip the gradients.
         k: float32 array of shape (6,): the fields of :class:`reference.Coefficients`.
         threads: How many threads may work, at least 1.
+        inv_scale: Factor that undoes the scaling of the loss, rounded to float32 (default: 1).
 
     Raises:
         ValueError: If ``dtype`` is another or ``threads`` is below 1.
     """
-    run(_update_8bit_kernel(dtype), threads, sizes.sum(), params, grads, codes, absmax, sizes, steps, scales, k)
+    run(
+        _update_8bit_kernel(dtype),
+        threads,
+        sizes.sum(),
+        params,
+        grads,
+        codes,
+        absmax,
+        sizes,
+        steps,
+        scales,
+        k,
+        inv_scale,
+    )
 
 
 def update_8bit_tensorwise(
@@ -109,6 +127,7 @@ def update_8bit_tensorwise(
     scales: Float32Array,
     k: Float32Array,
     threads: int,
+    inv_scale: float | np.float32 = 1.0,
 ) -> None:
     """Step tensors with tensor-wise 8-bit momentum, see :func:`reference.update_8bit_tensorwise`.
 
@@ -121,9 +140,10 @@ def update_8bit_tensorwise(
         new_absmax: Addresses of one float32 per tensor to work in; ends equal to ``absmax``.
         sizes: Element counts.
         steps: Addresses of float32 step counters that grow by 1; 0 for none.
-        scales: float32 array: factors of the gradients.
+        scales: float32 array: factors that clip the gradients.
         k: float32 array of shape (6,): the fields of :class:`reference.Coefficients`.
         threads: How many threads may work, at least 1.
+        inv_scale: Factor that undoes the scaling of the loss, rounded to float32 (default: 1).
 
     Raises:
         ValueError: If ``dtype`` is another or ``threads`` is below 1.
@@ -131,8 +151,8 @@ def update_8bit_tensorwise(
     elements = sizes.sum()
     reset, move, requantize, finish = _update_8bit_tensorwise_kernels(dtype)
     run(reset, threads, 0, new_absmax)
-    run(move, threads, elements, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k)
-    run(requantize, threads, elements, grads, codes, absmax, new_absmax, sizes, scales, k)
+    run(move, threads, elements, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k, inv_scale)
+    run(requantize, threads, elements, grads, codes, absmax, new_absmax, sizes, scales, k, inv_scale)
     run(finish, threads, 0, absmax, new_absmax, sizes)
 
 
@@ -155,8 +175,8 @@ def count_step(address: int) -> None:
 
 @by_dtype
 def _update_32bit_kernel(dtype: str) -> Any:
-    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
-    def update(control, params, grads, momentums, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
+    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32)
+    def update(control, params, grads, momentums, sizes, steps, scales, k, inv_scale):  # type: ignore[no-untyped-def]
         mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
@@ -165,7 +185,7 @@ def _update_32bit_kernel(dtype: str) -> Any:
             if begin == 0:
                 count_step(steps[tensor])
             for i in range(begin, end):
-                g = load(dtype, grad, i) * scale
+                g = load(dtype, grad, i) * inv_scale * scale
                 m = load("float32", momentum, i)
                 c = beta1 * m + one_minus_beta1 * g
                 store(dtype, param, i, new_param(load(dtype, param, i), c, lr, decay))
@@ -178,8 +198,8 @@ def _update_32bit_kernel(dtype: str) -> Any:
 
 @by_dtype
 def _update_8bit_kernel(dtype: str) -> Any:
-    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
-    def update(control, params, grads, codes, absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
+    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32)
+    def update(control, params, grads, codes, absmax, sizes, steps, scales, k, inv_scale):  # type: ignore[no-untyped-def]
         block, entries = stack(BLOCK_SIZE), stack(BLOCK_SIZE)
         mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
@@ -194,7 +214,7 @@ def _update_8bit_kernel(dtype: str) -> Any:
                 maximum = np.uint32(0)
                 dequantize_block(code + begin, size, block)
                 for i in range(size):
-                    g = load(dtype, grad, begin + i) * scale
+                    g = load(dtype, grad, begin + i) * inv_scale * scale
                     m = load("float32", block, i) * old
                     c = beta1 * m + one_minus_beta1 * g
                     store(dtype, param, begin + i, new_param(load(dtype, param, begin + i), c, lr, decay))
@@ -218,8 +238,8 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
         for tensor in range(new_absmax.size):
             store("float32", new_absmax[tensor], 0, np.float32(0.0))
 
-    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
-    def move(control, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k):  # type: ignore[no-untyped-def]
+    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32)
+    def move(control, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k, inv_scale):  # type: ignore[no-untyped-def]
         block = stack(BLOCK_SIZE)
         mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
@@ -234,7 +254,7 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
                 size = min(BLOCK_SIZE, end - begin)
                 dequantize_block(code + begin, size, block)
                 for i in range(size):
-                    g = load(dtype, grad, begin + i) * scale
+                    g = load(dtype, grad, begin + i) * inv_scale * scale
                     m = load("float32", block, i) * old
                     c = beta1 * m + one_minus_beta1 * g
                     store(dtype, param, begin + i, new_param(load(dtype, param, begin + i), c, lr, decay))
@@ -246,8 +266,8 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
         leave(control, mode)
 
     # The new momentum is computed a second time, because there is nowhere to keep it.
-    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS)
-    def requantize(control, grads, codes, absmax, new_absmax, sizes, scales, k):  # type: ignore[no-untyped-def]
+    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32)
+    def requantize(control, grads, codes, absmax, new_absmax, sizes, scales, k, inv_scale):  # type: ignore[no-untyped-def]
         block, entries = stack(BLOCK_SIZE), stack(BLOCK_SIZE)
         mode = enter(control)
         beta2, one_minus_beta2 = k[4], k[5]
@@ -260,8 +280,9 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
                 size = min(BLOCK_SIZE, end - begin)
                 dequantize_block(code + begin, size, block)
                 for i in range(size):
+                    g = load(dtype, grad, begin + i) * inv_scale * scale
                     m = load("float32", block, i) * old
-                    store("float32", block, i, beta2 * m + one_minus_beta2 * (load(dtype, grad, begin + i) * scale))
+                    store("float32", block, i, beta2 * m + one_minus_beta2 * g)
                 quantize_block(block, entries, size, new, code + begin)
                 begin += size
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)

@@ -18,7 +18,6 @@ from cuda_kernels.device import (
     div,
     load_8,
     load_f32,
-    load_float,
     load_i64,
     mul,
     ordered,
@@ -28,7 +27,7 @@ from cuda_kernels.device import (
     store_f32,
     sync_warp,
 )
-from cuda_kernels.lion import read_item
+from cuda_kernels.lion import load_gradient, read_count, read_inv_scale, read_item
 from cuda_kernels.table import GNORM_VEC, GRAD, ITEMS, PARTIALS, PERCENTILE, ROW_BYTES, ROWS, SCALE, SIZE, STEP, TENSORS
 
 HISTORY = 100
@@ -43,7 +42,7 @@ def make_partial_norms(dtype: int) -> Callable[[int], None]:
 
     def partial_norms(table: int) -> None:
         values, lanes = cuda.local.array(8, float32), cuda.local.array(8, float32)
-        items = load_i64(table + ITEMS)
+        items, inv_scale = read_count(table, ITEMS), read_inv_scale(table)
         lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
         item = cuda.blockIdx.x
         while item < items:
@@ -60,11 +59,13 @@ def make_partial_norms(dtype: int) -> Callable[[int], None]:
                     while i + 8 <= chunk_end:
                         load_8(dtype, grads + i * itemsize, values)
                         for j in range(8):
-                            lanes[j] = add(lanes[j], mul(values[j], values[j]))
+                            value = mul(values[j], inv_scale)
+                            lanes[j] = add(lanes[j], mul(value, value))
                         i += 256
                 while i < chunk_end:
                     for j in range(8):
-                        value = load_float(dtype, grads + (i + j) * itemsize) if i + j < chunk_end else np.float32(0)
+                        address = grads + (i + j) * itemsize
+                        value = load_gradient(dtype, address, inv_scale) if i + j < chunk_end else np.float32(0)
                         lanes[j] = add(lanes[j], mul(value, value))
                     i += 256
                 first_half = add(add(lanes[0], lanes[1]), add(lanes[2], lanes[3]))
@@ -110,8 +111,8 @@ def make_squared_norm() -> Callable[[int], None]:
 
     def squared_norm(table: int) -> None:
         lane = cuda.threadIdx.x & 31
-        tensor = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
-        while tensor < load_i64(table + TENSORS):
+        tensor, tensors = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5), read_count(table, TENSORS)
+        while tensor < tensors:
             row = table + ROWS + tensor * ROW_BYTES
             norm = total_norm(load_i64(row + PARTIALS), (load_i64(row + SIZE) + (CHUNK - 1)) // CHUNK, lane)
             if lane == 0:
@@ -176,8 +177,8 @@ def make_percentile_clipping() -> Callable[[int], None]:
     def percentile_clipping(table: int) -> None:
         percentile = load_i64(table + PERCENTILE)
         lane = cuda.threadIdx.x & 31
-        tensor = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
-        while tensor < load_i64(table + TENSORS):
+        tensor, tensors = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5), read_count(table, TENSORS)
+        while tensor < tensors:
             row = table + ROWS + tensor * ROW_BYTES
             squared = total_norm(load_i64(row + PARTIALS), (load_i64(row + SIZE) + (CHUNK - 1)) // CHUNK, lane)
             step = np.int64(add(load_f32(load_i64(row + STEP)), np.float32(1)))

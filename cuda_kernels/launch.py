@@ -68,34 +68,35 @@ def _version() -> str:
 
 
 @functools.cache
-def kernel(name: str, dtype: str | None) -> Any:
+def kernel(name: str, dtype: str | None, scaled_loss: bool = False) -> Any:
     """Return the Python function of a kernel.
 
     Args:
         name: Name of the kernel, such as "update_32bit".
         dtype: "float32", "float16" or "bfloat16"; None for a kernel that reads no parameters and gradients.
+        scaled_loss: Whether it is the kind of update that undoes the scaling of the loss (default: False).
 
     Returns:
-        The function, to be compiled; its name on disk and in profilers tells kernel and dtype.
+        The function, to be compiled; its name on disk and in profilers tells what it is.
     """
     from cuda_kernels import clipping, lion, quantization
     from cuda_kernels.device import BFLOAT16, FLOAT16, FLOAT32
 
     codes = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
     make = (vars(lion) | vars(quantization) | vars(clipping))[f"make_{name}"]
-    function = make() if dtype is None else make(codes[dtype])
+    function = make() if dtype is None else make(codes[dtype], *[True] * scaled_loss)
     # numba-cuda's disk cache names its files so; it would not notice a change in another module.
-    function.__qualname__ = f"{name}_{dtype or 'any'}_{_version()}"
+    function.__qualname__ = f"{name}_{dtype or 'any'}{'_scaled' * scaled_loss}_{_version()}"
     return function
 
 
 @functools.cache
-def _compiled(name: str, dtype: str | None, device: int) -> tuple[Any, int]:
+def _compiled(name: str, dtype: str | None, scaled_loss: bool, device: int) -> tuple[Any, int]:
     """Return a kernel compiled for a device and the number of its blocks that the device runs at once."""
     require()
     from numba import config, cuda, types
 
-    function = kernel(name, dtype)
+    function = kernel(name, dtype, scaled_loss)
     dispatcher = cuda.jit(cache=True)(function)
     if config.ENABLE_CUDASIM:
         return dispatcher, SIMULATED_BLOCKS
@@ -113,8 +114,10 @@ def _stream(device: int, handle: int) -> Any:
     return cuda.external_stream(handle) if handle else cuda.default_stream()
 
 
-def _launch(name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int) -> None:
-    dispatcher, resident = _compiled(name, dtype, device)
+def _launch(
+    name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int, scaled_loss: bool = False
+) -> None:
+    dispatcher, resident = _compiled(name, dtype, scaled_loss, device)
     grid = max(1, min(blocks, resident))
     if simulated():
         import numpy as np
@@ -151,7 +154,7 @@ def resident_blocks(device: int) -> int:
     return SIMULATED_BLOCKS if simulated() else 4 * cuda.gpus[device].MULTIPROCESSOR_COUNT
 
 
-def update_32bit(dtype: str, table: int, items: int, device: int, stream: int) -> None:
+def update_32bit(dtype: str, table: int, items: int, device: int, stream: int, scaled_loss: bool = False) -> None:
     """Launch the update of a table's parameters and float32 momentum.
 
     Args:
@@ -160,16 +163,21 @@ def update_32bit(dtype: str, table: int, items: int, device: int, stream: int) -
         items: Number of items in its work list, of unit 256.
         device: Index of the device.
         stream: Handle of the stream.
+        scaled_loss: Whether the table has an ``inv_scale`` (default: False).
     """
-    _launch("update_32bit", dtype, device, stream, items, table)
+    _launch("update_32bit", dtype, device, stream, items, table, scaled_loss=scaled_loss)
 
 
-def update_8bit_blockwise(dtype: str, table: int, items: int, device: int, stream: int) -> None:
+def update_8bit_blockwise(
+    dtype: str, table: int, items: int, device: int, stream: int, scaled_loss: bool = False
+) -> None:
     """Launch the update of a table's parameters and blockwise 8-bit momentum; arguments as :func:`update_32bit`."""
-    _launch("update_8bit_blockwise", dtype, device, stream, items, table)
+    _launch("update_8bit_blockwise", dtype, device, stream, items, table, scaled_loss=scaled_loss)
 
 
-def update_8bit_tensorwise(dtype: str, table: int, items: int, tensors: int, device: int, stream: int) -> None:
+def update_8bit_tensorwise(
+    dtype: str, table: int, items: int, tensors: int, device: int, stream: int, scaled_loss: bool = False
+) -> None:
     """Launch the update of a table's parameters and tensor-wise 8-bit momentum.
 
     Args:
@@ -179,35 +187,45 @@ def update_8bit_tensorwise(dtype: str, table: int, items: int, tensors: int, dev
         tensors: Number of tensors in the table.
         device: Index of the device.
         stream: Handle of the stream.
+        scaled_loss: Whether the table has an ``inv_scale`` (default: False).
     """
     few = -(-tensors // (32 * WARPS))
     _launch("begin_tensorwise", None, device, stream, few, table)
-    _launch("measure_tensorwise", dtype, device, stream, items, table)
-    _launch("update_tensorwise", dtype, device, stream, items, table)
+    _launch("measure_tensorwise", dtype, device, stream, items, table, scaled_loss=scaled_loss)
+    _launch("update_tensorwise", dtype, device, stream, items, table, scaled_loss=scaled_loss)
     _launch("end_tensorwise", None, device, stream, few, table)
 
 
-def squared_norm(dtype: str, table: int, items: int, tensors: int, device: int, stream: int) -> None:
-    """Launch the squared norms of a table's gradients, written to the addresses ``scales``.
+def partial_norms(dtype: str, table: int, items: int, device: int, stream: int) -> None:
+    """Launch the partial sums of a table's squared gradients, written to ``partials``.
 
     Args:
         dtype: "float32", "float16" or "bfloat16": that of the gradients.
         table: Address of the table.
         items: Number of items in its work list, of unit 4096.
-        tensors: Number of tensors in the table.
         device: Index of the device.
         stream: Handle of the stream.
     """
     _launch("partial_norms", dtype, device, stream, items, table)
+
+
+def squared_norm(table: int, tensors: int, device: int, stream: int) -> None:
+    """Launch the squared norms of a table's gradients from their partial sums, written to ``scales``.
+
+    Args:
+        table: Address of the table.
+        tensors: Number of tensors in the table.
+        device: Index of the device.
+        stream: Handle of the stream.
+    """
     _launch("squared_norm", None, device, stream, -(-tensors // WARPS), table)
 
 
-def percentile_clipping(dtype: str, table: int, items: int, tensors: int, device: int, stream: int) -> None:
-    """Launch the clipping of a table's gradients: records their norms and writes ``scales``.
+def percentile_clipping(table: int, tensors: int, device: int, stream: int) -> None:
+    """Launch the clipping by the norms that a table's partial sums give: records them and writes ``scales``.
 
     It precedes the update and takes the number of the step to be step + 1. Arguments as :func:`squared_norm`.
     """
-    _launch("partial_norms", dtype, device, stream, items, table)
     _launch("percentile_clipping", None, device, stream, -(-tensors // WARPS), table)
 
 

@@ -53,7 +53,9 @@ from cuda_kernels.table import (
     BETA1,
     BETA2,
     DECAY,
+    FOUND_INF,
     GRAD,
+    INV_SCALE,
     ITEM_BYTES,
     ITEM_END,
     ITEM_FIRST,
@@ -87,8 +89,36 @@ def read_item(table: int, item: int) -> Any:
 
 
 @device
+def read_count(table: int, offset: int) -> int:
+    """Return how many items or tensors a table has; none where infinities were found, so that nothing changes."""
+    address = load_i64(table + FOUND_INF)
+    if address != 0 and load_f32(address) != np.float32(0):
+        return 0
+    return load_i64(table + offset)
+
+
+@device
+def read_inv_scale(table: int) -> np.float32:
+    """Return the factor that undoes the scaling of the loss."""
+    address = load_i64(table + INV_SCALE)
+    return load_f32(address) if address != 0 else np.float32(1)
+
+
+@device
+def keep(grad: np.float32, inv_scale: np.float32) -> np.float32:
+    """Return a gradient of a loss that was not scaled; 1 is the factor then."""
+    return grad
+
+
+@device
+def load_gradient(dtype: int, address: int, inv_scale: np.float32) -> np.float32:
+    """Return an element of a gradient as float32, the scaling of the loss undone."""
+    return mul(load_float(dtype, address), inv_scale)
+
+
+@device
 def read_scale(row: int) -> np.float32:
-    """Return the factor of a tensor's gradient."""
+    """Return the factor that clips a tensor's gradient."""
     address = load_i64(row + SCALE)
     return load_f32(address) if address != 0 else np.float32(1)
 
@@ -142,14 +172,15 @@ def step(k: Any, scale: np.float32, param: np.float32, grad: np.float32, momentu
     return descend(param, c, lr, decay), blend(beta2, momentum, one_minus_beta2, g)
 
 
-def make_update_32bit(dtype: int) -> Callable[[int], None]:
+def make_update_32bit(dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
     """Return the kernel that updates parameters of a dtype and their float32 momentum."""
     itemsize = 4 if dtype == FLOAT32 else 2
+    unscaled = mul if scaled_loss else keep
 
     def update_32bit(table: int) -> None:
         p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
-        k = read_coefficients(table)
-        items = load_i64(table + ITEMS)
+        k, inv_scale = read_coefficients(table), read_inv_scale(table)
+        items = read_count(table, ITEMS)
         item = cuda.blockIdx.x
         while item < items:
             row, first, end = read_item(table, item)
@@ -165,7 +196,7 @@ def make_update_32bit(dtype: int) -> Callable[[int], None]:
                 load_8(dtype, grad, g)
                 load_8(FLOAT32, momentum, m)
                 for j in range(8):
-                    p[j], m[j] = step(k, scale, p[j], g[j], m[j])
+                    p[j], m[j] = step(k, scale, p[j], unscaled(g[j], inv_scale), m[j])
                 store_8(dtype, param, p)
                 store_8(FLOAT32, momentum, m)
                 param += WARPS * 256 * itemsize
@@ -175,7 +206,11 @@ def make_update_32bit(dtype: int) -> Callable[[int], None]:
             while i < min(end * 256, size):
                 param, momentum = params + i * itemsize, momenta + i * 4
                 new_param, new_momentum = step(
-                    k, scale, load_float(dtype, param), load_float(dtype, grads + i * itemsize), load_f32(momentum)
+                    k,
+                    scale,
+                    load_float(dtype, param),
+                    load_gradient(dtype, grads + i * itemsize, inv_scale),
+                    load_f32(momentum),
                 )
                 store_float(dtype, param, new_param)
                 store_f32(momentum, new_momentum)
@@ -197,10 +232,17 @@ def fill_lookup(address: int, lookup: np.ndarray, thread: int) -> None:
 
 @device
 def new_momentum(
-    dtype: int, k: Any, scale: np.float32, grad: int, code: int, absmax: np.float32, lookup: np.ndarray
+    dtype: int,
+    k: Any,
+    inv_scale: np.float32,
+    scale: np.float32,
+    grad: int,
+    code: int,
+    absmax: np.float32,
+    lookup: np.ndarray,
 ) -> np.float32:
     """Return the momentum after one step of the element whose gradient and code lie at these addresses."""
-    g = mul(load_float(dtype, grad), scale)
+    g = mul(load_gradient(dtype, grad, inv_scale), scale)
     return blend(k[4], dequantize(load_u8(code), absmax, lookup), k[5], g)
 
 
@@ -208,6 +250,7 @@ def new_momentum(
 def update_8bit_element(
     dtype: int,
     k: Any,
+    inv_scale: np.float32,
     scale: np.float32,
     param: int,
     grad: int,
@@ -219,22 +262,24 @@ def update_8bit_element(
 ) -> None:
     """Update one element of a block whose new momentum has the greatest magnitude ``maximum``."""
     momentum = dequantize(load_u8(code), absmax, lookup)
-    new_param, momentum = step(k, scale, load_float(dtype, param), load_float(dtype, grad), momentum)
+    g = load_gradient(dtype, grad, inv_scale)
+    new_param, momentum = step(k, scale, load_float(dtype, param), g, momentum)
     store_float(dtype, param, new_param)
     store_u8(code, quantize(momentum, maximum, factor, lookup))
 
 
-def make_update_8bit_blockwise(dtype: int) -> Callable[[int], None]:
+def make_update_8bit_blockwise(dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
     """Return the kernel that updates parameters of a dtype and their 8-bit momentum: a warp per block of 256."""
     itemsize = 4 if dtype == FLOAT32 else 2
+    unscaled = mul if scaled_loss else keep
 
     def update_8bit_blockwise(table: int) -> None:
         p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
         lookup = cuda.shared.array(LOOKUP_WORDS, uint32)
         fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x)
         cuda.syncthreads()
-        k = read_coefficients(table)
-        items = load_i64(table + ITEMS)
+        k, inv_scale = read_coefficients(table), read_inv_scale(table)
+        items = read_count(table, ITEMS)
         lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
         item = cuda.blockIdx.x
         while item < items:
@@ -253,7 +298,7 @@ def make_update_8bit_blockwise(dtype: int) -> Callable[[int], None]:
                 low, high = load_2_words(code)
                 dequantize_8(low, high, load_f32(absmax), lookup, m)
                 for j in range(8):
-                    p[j], m[j] = step(k, scale, p[j], g[j], m[j])
+                    p[j], m[j] = step(k, scale, p[j], unscaled(g[j], inv_scale), m[j])
                 store_8(dtype, param, p)
                 maximum = warp_max(abs_max_8(m, np.float32(0)))
                 if lane == 0:
@@ -271,7 +316,9 @@ def make_update_8bit_blockwise(dtype: int) -> Callable[[int], None]:
                 maximum = np.float32(0)
                 i = block * 256 + lane
                 while i < block_end:
-                    momentum = new_momentum(dtype, k, scale, grads + i * itemsize, codes + i, old_absmax, lookup)
+                    momentum = new_momentum(
+                        dtype, k, inv_scale, scale, grads + i * itemsize, codes + i, old_absmax, lookup
+                    )
                     maximum = abs_max(maximum, momentum)
                     i += 32
                 maximum = warp_max(maximum)
@@ -279,7 +326,9 @@ def make_update_8bit_blockwise(dtype: int) -> Callable[[int], None]:
                 i = block * 256 + lane
                 while i < block_end:
                     param, grad = params + i * itemsize, grads + i * itemsize
-                    update_8bit_element(dtype, k, scale, param, grad, codes + i, old_absmax, maximum, factor, lookup)
+                    update_8bit_element(
+                        dtype, k, inv_scale, scale, param, grad, codes + i, old_absmax, maximum, factor, lookup
+                    )
                     i += 32
                 if lane == 0:
                     store_f32(scales + block * 4, stored_absmax(maximum))
@@ -294,7 +343,8 @@ def make_begin_tensorwise() -> Callable[[int], None]:
 
     def begin_tensorwise(table: int) -> None:
         tensor = cuda.blockIdx.x * (WARPS * 32) + cuda.threadIdx.x
-        while tensor < load_i64(table + TENSORS):
+        tensors = read_count(table, TENSORS)
+        while tensor < tensors:
             row = table + ROWS + tensor * ROW_BYTES
             count_step(row)
             if load_i64(row + SIZE) > 0:
@@ -304,17 +354,18 @@ def make_begin_tensorwise() -> Callable[[int], None]:
     return begin_tensorwise
 
 
-def make_measure_tensorwise(dtype: int) -> Callable[[int], None]:
+def make_measure_tensorwise(dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
     """Return the kernel that gathers the greatest magnitude of each tensor's new momentum in ``new_absmax``."""
     itemsize = 4 if dtype == FLOAT32 else 2
+    unscaled = mul if scaled_loss else keep
 
     def measure_tensorwise(table: int) -> None:
         g, m = cuda.local.array(8, float32), cuda.local.array(8, float32)
         lookup = cuda.shared.array(LOOKUP_WORDS, uint32)
         fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x)
         cuda.syncthreads()
-        k = read_coefficients(table)
-        items = load_i64(table + ITEMS)
+        k, inv_scale = read_coefficients(table), read_inv_scale(table)
+        items = read_count(table, ITEMS)
         item = cuda.blockIdx.x
         while item < items:
             row, first, end = read_item(table, item)
@@ -331,13 +382,13 @@ def make_measure_tensorwise(dtype: int) -> Callable[[int], None]:
                     low, high = load_2_words(code)
                     dequantize_8(low, high, absmax, lookup, m)
                     for j in range(8):
-                        m[j] = blend(k[4], m[j], k[5], mul(g[j], scale))
+                        m[j] = blend(k[4], m[j], k[5], mul(unscaled(g[j], inv_scale), scale))
                     maximum = abs_max_8(m, maximum)
                     grad += WARPS * 256 * itemsize
                     code += WARPS * 256
                 i = wide_end * 256 + cuda.threadIdx.x
                 while i < min(end * 256, size):
-                    momentum = new_momentum(dtype, k, scale, grads + i * itemsize, codes + i, absmax, lookup)
+                    momentum = new_momentum(dtype, k, inv_scale, scale, grads + i * itemsize, codes + i, absmax, lookup)
                     maximum = abs_max(maximum, momentum)
                     i += WARPS * 32
                 maximum = warp_max(maximum)
@@ -348,17 +399,18 @@ def make_measure_tensorwise(dtype: int) -> Callable[[int], None]:
     return measure_tensorwise
 
 
-def make_update_tensorwise(dtype: int) -> Callable[[int], None]:
+def make_update_tensorwise(dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
     """Return the kernel that updates parameters and codes once ``new_absmax`` holds the greatest magnitudes."""
     itemsize = 4 if dtype == FLOAT32 else 2
+    unscaled = mul if scaled_loss else keep
 
     def update_tensorwise(table: int) -> None:
         p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
         lookup = cuda.shared.array(LOOKUP_WORDS, uint32)
         fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x)
         cuda.syncthreads()
-        k = read_coefficients(table)
-        items = load_i64(table + ITEMS)
+        k, inv_scale = read_coefficients(table), read_inv_scale(table)
+        items = read_count(table, ITEMS)
         item = cuda.blockIdx.x
         while item < items:
             row, first, end = read_item(table, item)
@@ -376,7 +428,7 @@ def make_update_tensorwise(dtype: int) -> Callable[[int], None]:
                     low, high = load_2_words(code)
                     dequantize_8(low, high, absmax, lookup, m)
                     for j in range(8):
-                        p[j], m[j] = step(k, scale, p[j], g[j], m[j])
+                        p[j], m[j] = step(k, scale, p[j], unscaled(g[j], inv_scale), m[j])
                     store_8(dtype, param, p)
                     low, high = quantize_8(m, maximum, factor, lookup)
                     store_2_words(code, low, high)
@@ -386,7 +438,9 @@ def make_update_tensorwise(dtype: int) -> Callable[[int], None]:
                 i = wide_end * 256 + cuda.threadIdx.x
                 while i < min(end * 256, size):
                     param, grad = params + i * itemsize, grads + i * itemsize
-                    update_8bit_element(dtype, k, scale, param, grad, codes + i, absmax, maximum, factor, lookup)
+                    update_8bit_element(
+                        dtype, k, inv_scale, scale, param, grad, codes + i, absmax, maximum, factor, lookup
+                    )
                     i += WARPS * 32
             item += cuda.gridDim.x
 
@@ -398,7 +452,8 @@ def make_end_tensorwise() -> Callable[[int], None]:
 
     def end_tensorwise(table: int) -> None:
         tensor = cuda.blockIdx.x * (WARPS * 32) + cuda.threadIdx.x
-        while tensor < load_i64(table + TENSORS):
+        tensors = read_count(table, TENSORS)
+        while tensor < tensors:
             row = table + ROWS + tensor * ROW_BYTES
             if load_i64(row + SIZE) > 0:
                 address = load_i64(row + NEW_ABSMAX)

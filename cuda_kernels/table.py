@@ -22,7 +22,9 @@ ITEMS = 32
 TENSORS = 40
 LOOKUP = 48
 PERCENTILE = 56
-ROWS = 64
+INV_SCALE = 64
+FOUND_INF = 72
+ROWS = 80
 
 # Row, in bytes from its start: int64.
 PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, SCALE, GNORM_VEC, PARTIALS, ROW_BYTES = range(0, 88, 8)
@@ -54,6 +56,8 @@ def table(
     partials: Int64Array | int = 0,
     lookup: int = 0,
     percentile: int = 100,
+    inv_scale: int = 0,
+    found_inf: int = 0,
 ) -> Int64Array:
     """Return the words of a table, to be copied to the device.
 
@@ -73,15 +77,17 @@ def table(
         partials: Addresses of scratch, one float32 per 4096 elements.
         lookup: Address of :func:`lookup_table` in device memory; used by the 8-bit updates only.
         percentile: Percentile of the clipping (default: 100).
+        inv_scale: Address of the float32 factor that undoes the scaling of the loss; 0 where it was not scaled.
+        found_inf: Address of a float32 that is not 0 where nothing is to change; 0 where there is none.
 
     Returns:
-        int64 array of shape (8 + 10 n,).
+        int64 array of shape (10 + 10 n,).
     """
     n = len(sizes)
     header = ROWS // 8
     words = np.zeros(header + n * ROW_BYTES // 8, np.int64)
     words[: WORK // 8] = k.astype(np.float32).view(np.int64)
-    words[WORK // 8 : header] = work, items, n, lookup, percentile
+    words[WORK // 8 : header] = work, items, n, lookup, percentile, inv_scale, found_inf
     columns: list[Any] = [params, grads, states, absmax, new_absmax, sizes, steps, scales, gnorm_vecs, partials]
     rows = words[header:].reshape(n, -1)
     for i, column in enumerate(columns):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +16,8 @@ from torch import Tensor
 
 import cpu_kernels
 import reference
-from lion.batches import Batch
+from lion.batches import GRAD, SIZE, Batch
+from lion.loss_scale import LossScale
 from lion.options import Kind
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -28,8 +29,11 @@ _requested: str | None = None
 class Backend(Protocol):
     """What the optimizers and the functional API ask of an implementation; tensors are contiguous and checked."""
 
-    def update(self, batch: Batch, step: StepCoefficients) -> None:
+    def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         """Update parameters and states of a batch in place."""
+
+    def squared_norms(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> Tensor:
+        """Return the squared norms of a batch's gradients, float32 of shape (n,) on their device."""
 
     def quantize_blockwise(self, values: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> None:
         """Write the codes and the absmax of each block."""
@@ -63,21 +67,28 @@ class StepCoefficients(NamedTuple):
 class CpuBackend:
     """CPU tensors, through :mod:`cpu_kernels`."""
 
-    def update(self, batch: Batch, step: StepCoefficients) -> None:
+    def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
+        if loss_scale.skips():
+            return
         params, grads, states, absmax, new_absmax, sizes, steps, histories = batch.table
         dtype, threads = DTYPES[batch.dtype], torch.get_num_threads()
         k = np.array(step.values)
         scales = np.ones(len(sizes), np.float32)
         if batch.percentile < 100:
-            cpu_kernels.percentile_clipping(dtype, grads, sizes, histories, steps, scales, batch.percentile, threads)
+            norms = self.squared_norms(batch, step, loss_scale) if batch.squared_norms is None else batch.squared_norms
+            cpu_kernels.percentile_clipping(norms.numpy(), histories, steps, scales, batch.percentile, threads)
+        common = sizes, steps, scales, k, threads, loss_scale.inv_scale()
         if batch.kind is Kind.FLOAT32:
-            cpu_kernels.update_32bit(dtype, params, grads, states, sizes, steps, scales, k, threads)
+            cpu_kernels.update_32bit(dtype, params, grads, states, *common)
         elif batch.kind is Kind.BLOCKWISE:
-            cpu_kernels.update_8bit_blockwise(dtype, params, grads, states, absmax, sizes, steps, scales, k, threads)
+            cpu_kernels.update_8bit_blockwise(dtype, params, grads, states, absmax, *common)
         else:
-            cpu_kernels.update_8bit_tensorwise(
-                dtype, params, grads, states, absmax, new_absmax, sizes, steps, scales, k, threads
-            )
+            cpu_kernels.update_8bit_tensorwise(dtype, params, grads, states, absmax, new_absmax, *common)
+
+    def squared_norms(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> Tensor:
+        dtype, grads, sizes = DTYPES[batch.dtype], batch.table[GRAD], batch.table[SIZE]
+        norms = cpu_kernels.squared_norm(dtype, grads, sizes, torch.get_num_threads(), loss_scale.inv_scale())
+        return torch.from_numpy(norms)
 
     def quantize_blockwise(self, values: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> None:
         cpu_kernels.quantize_blockwise(
@@ -112,33 +123,43 @@ class CpuBackend:
 
     def percentile_clipping(self, grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> Tensor:
         before = torch.tensor(step - 1, dtype=torch.float32, device="cpu")
-        grads, sizes, histories, steps = np.array(
-            [[grad.data_ptr()], [grad.numel()], [gnorm_vec.data_ptr()], [before.data_ptr()]]
-        )
+        norms = self.squared_norm(grad).reshape(1).numpy()
+        histories, steps = np.array([[gnorm_vec.data_ptr()], [before.data_ptr()]])
         scales = np.ones(1, np.float32)
-        threads = torch.get_num_threads()
-        cpu_kernels.percentile_clipping(DTYPES[grad.dtype], grads, sizes, histories, steps, scales, percentile, threads)
+        cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 1)
         return torch.from_numpy(scales)[0]
 
 
 class ReferenceBackend:
     """CPU tensors, through :mod:`reference`: slow, and right by definition."""
 
-    def update(self, batch: Batch, step: StepCoefficients) -> None:
-        for param, grad, state in zip(batch.operands, batch.gradients, batch.states, strict=True):
+    def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
+        if loss_scale.skips():
+            return
+        inv_scale, norms = loss_scale.inv_scale(), batch.squared_norms
+        if batch.percentile < 100 and norms is None:
+            norms = self.squared_norms(batch, step, loss_scale)
+        for i, (param, grad, state) in enumerate(zip(batch.operands, batch.gradients, batch.states, strict=True)):
             p, g, momentum = as_numpy(param), as_numpy(grad), as_numpy(state["state1"])
             scale = np.float32(1.0)
-            if batch.percentile < 100:
-                scale = self._clip(g, state["gnorm_vec"], int(state["step"] + 1), batch.percentile)
+            if norms is not None:
+                scale = _clip(norms.numpy()[i], state["gnorm_vec"], int(state["step"] + 1), batch.percentile)
             if batch.kind is Kind.FLOAT32:
-                p[...], momentum[...] = reference.update_32bit(p, g, momentum, step.values, scale)
+                p[...], momentum[...] = reference.update_32bit(p, g, momentum, step.values, scale, inv_scale)
             elif p.size:
                 name, update = _EIGHT_BIT[batch.kind]
                 absmax, qmap = as_numpy(state[name]), as_numpy(state["qmap1"])
-                p[...], momentum[...], absmax[...] = update(p, g, momentum, absmax, qmap, step.values, scale)
+                p[...], momentum[...], absmax[...] = update(
+                    p, g, momentum, absmax, qmap, step.values, scale, inv_scale=inv_scale
+                )
             if batch.kind is Kind.TENSORWISE:
                 state["new_max1"].copy_(state["max1"])
             state["step"] += 1
+
+    def squared_norms(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> Tensor:
+        inv_scale = loss_scale.inv_scale()
+        norms = [reference.squared_norm(as_numpy(grad), inv_scale) for grad in batch.gradients]
+        return torch.from_numpy(np.array(norms, np.float32))
 
     def quantize_blockwise(self, values: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> None:
         as_numpy(codes)[...], as_numpy(absmax)[...] = reference.quantize_blockwise(
@@ -156,16 +177,17 @@ class ReferenceBackend:
         return torch.from_numpy(np.array(reference.squared_norm(as_numpy(grad))))
 
     def percentile_clipping(self, grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> Tensor:
-        return torch.from_numpy(np.array(self._clip(as_numpy(grad), gnorm_vec, step, percentile)))
-
-    def _clip(self, grad: npt.NDArray[Any], gnorm_vec: Tensor, step: int, percentile: int) -> np.float32:
-        history = as_numpy(gnorm_vec)
-        squared = reference.squared_norm(grad)
-        history[...], _, _, scale = reference.percentile_clipping(history, squared, step, percentile)
-        return scale
+        squared = reference.squared_norm(as_numpy(grad))
+        return torch.from_numpy(np.array(_clip(squared, gnorm_vec, step, percentile)))
 
 
-_EIGHT_BIT = {
+def _clip(squared_norm: np.float32, gnorm_vec: Tensor, step: int, percentile: int) -> np.float32:
+    history = as_numpy(gnorm_vec)
+    history[...], _, _, scale = reference.percentile_clipping(history, squared_norm, step, percentile)
+    return scale
+
+
+_EIGHT_BIT: dict[Kind, tuple[str, Callable[..., Any]]] = {
     Kind.BLOCKWISE: ("absmax1", reference.update_8bit_blockwise),
     Kind.TENSORWISE: ("max1", reference.update_8bit_tensorwise),
 }

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from lion import sharding
 from lion.options import Kind
 
 _data_ptr = Tensor.data_ptr
@@ -36,47 +37,72 @@ class Batch:
     Args:
         kind: How the momentum is kept.
         percentile: Percentile clipping of all these parameters; 100 is off.
-        params: The parameters; their gradients and states have been checked.
+        params: The parameters, all of them DTensors or none; their gradients and states have been checked.
         states: Their states.
+
+    Attributes:
+        states: The states that this process works on: of DTensors, those of their local shards.
+        operands: The parameters' memory during a step, contiguous.
+        gradients: The gradients' memory during a step, contiguous.
+        squared_norms: The gradients' squared norms, float32 of shape (n,), where shards had to be summed up for them.
+        device_memory: What the CUDA backend keeps.
     """
 
     def __init__(self, kind: Kind, percentile: int, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         self.kind = kind
         self.percentile = percentile
         self.params = params
+        self.sharded = sharding.is_sharded(params[0])
         self.states = states
+        if self.sharded:
+            self.states = [
+                sharding.unwrapped(state, p, "a parameter")  # type: ignore[arg-type]
+                for state, p in zip(states, params, strict=True)
+            ]
         self.device = params[0].device
         self.dtype = params[0].dtype
         self.table = np.zeros((8, len(params)), np.int64)
-        self.table[PARAM] = self._addresses = _addresses(params)
-        self.table[SIZE] = _counts(params)
+        operands = self._local(params)
+        self.table[PARAM] = self._addresses = _addresses(operands)
+        self.table[SIZE] = _counts(operands)
         rows = {"state1": STATE, "step": STEP, "absmax1": ABSMAX, "max1": ABSMAX, "new_max1": NEW_ABSMAX}
         if percentile < 100:
             rows["gnorm_vec"] = HISTORY
-        self._state_rows = [(row, key, [s[key] for s in states]) for key, row in rows.items() if key in states[0]]
-        for row, _, tensors in self._state_rows:
+        self._state_rows = [
+            (row, key, [s[key] for s in states], [s[key] for s in self.states])
+            for key, row in rows.items()
+            if key in states[0]
+        ]
+        for row, _, _, tensors in self._state_rows:
             self.table[row] = _addresses(tensors)
-        self._shapes = list(map(_shape, params))
-        self._contiguous = all(map(_is_contiguous, params))
-        self.operands: list[Tensor] = params
+        self._all_states = states
+        self._shapes = list(map(_shape, operands))
+        self._contiguous = all(map(_is_contiguous, operands))
+        self._in_place: Sequence[Tensor] = ()
+        self.operands: Sequence[Tensor] = ()
         self.gradients: Sequence[Tensor] = ()
-        # The CUDA backend's.
+        self.squared_norms: Tensor | None = None
         self.device_memory: Any = None
 
-    def refresh(self, grads: Sequence[Tensor]) -> None:
-        """Take this step's gradients, and contiguous copies of the tensors that need one.
+    def _local(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [sharding.local(tensor) for tensor in tensors] if self.sharded else tensors
 
-        Args:
-            grads: The gradients, in the order of the parameters.
+    def refresh(self) -> None:
+        """Take this step's gradients, and contiguous copies of the tensors that need one.
 
         Raises:
             StaleBatch: If a tensor changed its dtype, shape or place since the batch was made.
         """
-        if not (self._params_fit() and self._states_fit() and self._fit(grads)):
+        params = self._local(self.params)
+        grads: Any = [p.grad for p in self.params]
+        if self.sharded:
+            grads = list(map(sharding.local_gradient, self.params))  # type: ignore[arg-type]
+        if not (self._params_fit(params) and self._states_fit() and self._fit(grads)):
             raise StaleBatch
         table = self.table
+        self.operands = self._in_place = params
         if not self._contiguous:
-            self.operands = [p.detach().contiguous() for p in self.params]
+            self.operands = [p.detach().contiguous() for p in params]
             table[PARAM] = _addresses(self.operands)
         plain = all(map(_is_contiguous, grads)) and not any(map(_is_neg, grads))
         self.gradients = grads if plain else [g.resolve_neg().contiguous() for g in grads]
@@ -84,8 +110,7 @@ class Batch:
         if not table[: STATE + 1, table[SIZE] > 0].all():
             raise StaleBatch
 
-    def _params_fit(self) -> bool:
-        params = self.params
+    def _params_fit(self, params: Sequence[Tensor]) -> bool:
         return (
             set(map(_dtype, params)) == {self.dtype}
             and list(map(_shape, params)) == self._shapes
@@ -95,9 +120,9 @@ class Batch:
 
     def _states_fit(self) -> bool:
         return all(
-            all(map(is_, map(itemgetter(key), self.states), tensors))
+            all(map(is_, map(itemgetter(key), self._all_states), owners))
             and np.array_equal(_addresses(tensors), self.table[row])
-            for row, key, tensors in self._state_rows
+            for row, key, owners, tensors in self._state_rows
         )
 
     def _fit(self, grads: Sequence[Tensor]) -> bool:
@@ -106,15 +131,15 @@ class Batch:
     def finish(self) -> None:
         """Write staged parameters back into their own storage and let go of the gradients."""
         if not self._contiguous:
-            for p, operand in zip(self.params, self.operands, strict=True):
+            for p, operand in zip(self._in_place, self.operands, strict=True):
                 if operand.data_ptr() != p.data_ptr():
                     p.copy_(operand)
         self.release()
 
     def release(self) -> None:
         """Let go of the gradients and of all copies."""
-        self.operands = self.params
-        self.gradients = ()
+        self.operands = self._in_place = self.gradients = ()
+        self.squared_norms = None
 
 
 def _counts(tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:

@@ -56,7 +56,7 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
         for index, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
             # A parameter that never had a gradient has no state, or an empty one.
             if saved_states.get(saved_id, {}) != {}:
-                form = form_of(p.numel(), {**new, **overrides.get(id(p), {})})
+                form = form_of(p, {**new, **overrides.get(id(p), {})})
                 states[p] = state.load(saved_states[saved_id], p, form, parameter_name(group, number, index))
     return {"state": states, "param_groups": new_groups}
 

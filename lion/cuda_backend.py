@@ -20,6 +20,7 @@ from cuda_kernels.table import BLOCK_SIZE, table, work_list
 from lion import paging
 from lion.backends import DTYPES, StepCoefficients
 from lion.batches import SIZE, Batch
+from lion.loss_scale import LossScale
 from lion.options import Kind
 
 Int64Array = npt.NDArray[np.int64]
@@ -45,29 +46,34 @@ class CudaBackend:
             )
         self._captured: set[_Memory] = set()
 
-    def update(self, batch: Batch, step: StepCoefficients) -> None:
-        memory: _Memory | None = batch.device_memory
-        if memory is None:
-            memory = batch.device_memory = _Memory(
-                batch.table[SIZE], batch.device, batch.percentile < 100, batch.kind is Kind.TENSORWISE
-            )
-            memory.paged = paging.paged(batch.states)
-        dtype = DTYPES[batch.dtype]
+    def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
+        memory = _memory_of(batch, summed=False)
+        dtype, scaled_loss = DTYPES[batch.dtype], loss_scale.grad_scale is not None
         with _on(batch.device) as place:
             if not _is_capturing(batch.device):
                 paging.prefetch(memory.paged)
             else:
                 # A replayed graph reads this memory for as long as the process may live.
                 self._captured.add(memory)
-            memory.refresh(batch, step)
+            memory.refresh(batch, step, loss_scale)
+            if batch.squared_norms is not None:
+                memory.squared_norms.copy_(batch.squared_norms)
+            elif batch.percentile < 100:
+                launch.partial_norms(dtype, *memory.norm_arguments, *place)
             if batch.percentile < 100:
-                launch.percentile_clipping(dtype, *memory.norm_arguments, *place)
+                launch.percentile_clipping(*memory.clip_arguments, *place)
             if batch.kind is Kind.FLOAT32:
-                launch.update_32bit(dtype, *memory.update_arguments, *place)
+                launch.update_32bit(dtype, *memory.update_arguments, *place, scaled_loss)
             elif batch.kind is Kind.BLOCKWISE:
-                launch.update_8bit_blockwise(dtype, *memory.update_arguments, *place)
+                launch.update_8bit_blockwise(dtype, *memory.update_arguments, *place, scaled_loss)
             else:
-                launch.update_8bit_tensorwise(dtype, *memory.update_arguments, len(batch.params), *place)
+                launch.update_8bit_tensorwise(dtype, *memory.update_arguments, len(batch.params), *place, scaled_loss)
+
+    def squared_norms(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> Tensor:
+        memory = _memory_of(batch, summed=True)
+        with _on(batch.device) as place:
+            memory.refresh(batch, step, loss_scale)
+            return memory.launch_squared_norms(DTYPES[batch.dtype], place)
 
     def quantize_blockwise(self, values: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> None:
         thresholds = _upload(reference.quantize_thresholds(qmap.cpu().numpy()), values.device)
@@ -102,8 +108,7 @@ class CudaBackend:
         memory = _Memory(np.array([grad.numel()]), grad.device, True)
         memory.write(_NO_COEFFICIENTS, grads=np.array([grad.data_ptr()]))
         with _on(grad.device) as place:
-            launch.squared_norm(DTYPES[grad.dtype], *memory.norm_arguments, *place)
-        return memory.scales[0]
+            return memory.launch_squared_norms(DTYPES[grad.dtype], place)[0]
 
     def percentile_clipping(self, grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> Tensor:
         before = torch.full((1,), step - 1, dtype=torch.float32, device=grad.device)
@@ -111,18 +116,36 @@ class CudaBackend:
         grads, histories, steps = np.array([[t.data_ptr()] for t in (grad, gnorm_vec, before)])
         memory.write(_NO_COEFFICIENTS, grads=grads, gnorm_vecs=histories, steps=steps, percentile=percentile)
         with _on(grad.device) as place:
-            launch.percentile_clipping(DTYPES[grad.dtype], *memory.norm_arguments, *place)
+            launch.partial_norms(DTYPES[grad.dtype], *memory.norm_arguments, *place)
+            launch.percentile_clipping(*memory.clip_arguments, *place)
         return memory.scales[0]
+
+
+def _memory_of(batch: Batch, summed: bool) -> _Memory:
+    if batch.device_memory is None:
+        batch.device_memory = _Memory(
+            batch.table[SIZE], batch.device, batch.percentile < 100, batch.kind is Kind.TENSORWISE, summed
+        )
+        batch.device_memory.paged = paging.paged(batch.states)
+    memory: _Memory = batch.device_memory
+    return memory
 
 
 class _Memory:
     """The device memory that launches over a set of tensors need besides the tensors.
 
-    The table of the norms lies behind that of the updates, so that one copy brings both.
+    The tables of the norms lie behind that of the updates, so that one copy brings all. Where norms are summed over
+    shards, the clipping has a table of its own: one in which each tensor has a single partial sum, its whole norm.
     """
 
-    def __init__(self, sizes: Int64Array, device: torch.device, clipped: bool, tensorwise: bool = False) -> None:
-        self.sizes = sizes
+    def __init__(
+        self,
+        sizes: Int64Array,
+        device: torch.device,
+        clipped: bool,
+        tensorwise: bool = False,
+        summed: bool = False,
+    ) -> None:
         self.device = device
         resident = launch.resident_blocks(device.index or 0)
         # Smaller items even the run times out, but a tensor-wise one ends with an atomic operation.
@@ -133,25 +156,34 @@ class _Memory:
         self.scales = torch.ones(len(sizes) if clipped else 0, dtype=torch.float32, device=device)
         partials = -(-sizes // CHUNK) if clipped else sizes * 0
         self.partials = torch.empty(int(partials.sum()), dtype=torch.float32, device=device)
-        self._partial_addresses = self.partials.data_ptr() + 4 * (np.cumsum(partials) - partials)
+        self.squared_norms = torch.empty(len(sizes) if summed else 0, dtype=torch.float32, device=device)
+        self._layouts = [
+            (work, sizes, self.partials.data_ptr() + 4 * (np.cumsum(partials) - partials)) for work in self.works
+        ]
+        if summed:
+            ones = np.ones_like(sizes)
+            self._layouts.append((self.works[-1], ones, self.squared_norms.data_ptr() + 4 * (np.cumsum(ones) - ones)))
         self._scale_addresses = self.scales.data_ptr() + 4 * np.arange(len(sizes)) if clipped else 0
         length = len(table(_NO_COEFFICIENTS, sizes, work=0, items=0))
-        self.tables = torch.empty((len(works), length), dtype=torch.int64, device=device)
-        self._lr = torch.empty((), dtype=torch.float64, device=device)
-        self._written: tuple[Int64Array, reference.Coefficients] | None = None
+        self.tables = torch.empty((len(self._layouts), length), dtype=torch.int64, device=device)
+        self._exact = torch.empty((), dtype=torch.float64, device=device)
+        self._loss_scale = torch.empty(2, dtype=torch.float32, device=device)
+        self._written: tuple[Int64Array, object] | None = None
         self._hosts: list[Tensor] = []
         self.paged: list[Tensor] = []
         self.update_arguments = self.tables[0].data_ptr(), len(self.works[0])
-        self.norm_arguments = self.tables[-1].data_ptr(), len(self.works[-1]), len(sizes)
+        self.norm_arguments = self.tables[len(works) - 1].data_ptr(), len(self.works[-1])
+        self.clip_arguments = self.tables[-1].data_ptr(), len(sizes)
 
-    def refresh(self, batch: Batch, step: StepCoefficients) -> None:
+    def refresh(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         """Bring a batch's addresses and coefficients to the device, unless they are there."""
+        header = step.values, loss_scale.grad_scale is None, loss_scale.found_inf is None
         # A graph copies at every replay; what the device holds after one is the graph's.
         if (
             self._hosts
             or _is_capturing(self.device)
             or self._written is None
-            or self._written[1] != step.values
+            or self._written[1] != header
             or not np.array_equal(self._written[0], batch.table)
         ):
             params, grads, states, absmax, new_absmax, _, steps, histories = batch.table
@@ -165,13 +197,26 @@ class _Memory:
                 steps=steps,
                 gnorm_vecs=histories,
                 percentile=batch.percentile,
+                inv_scale=0 if loss_scale.grad_scale is None else self._loss_scale.data_ptr(),
+                found_inf=0 if loss_scale.found_inf is None else self._loss_scale.data_ptr() + 4,
             )
-            self._written = batch.table.copy(), step.values
+            self._written = batch.table.copy(), header
         if step.device_lr is not None:
             coefficients = self.tables[0].view(torch.float32)
             # float64 as in reference.coefficients; adding 0.0 drops the sign of -0.0.
-            coefficients[0].copy_(self._lr.copy_(step.device_lr.reshape(())).add_(0.0))
-            coefficients[1].copy_(self._lr.mul_(-step.weight_decay).add_(1.0))
+            coefficients[0].copy_(self._exact.copy_(step.device_lr.reshape(())).add_(0.0))
+            coefficients[1].copy_(self._exact.mul_(-step.weight_decay).add_(1.0))
+        if loss_scale.grad_scale is not None:
+            # A quotient of float32 rounded twice, by float64, is as if rounded once.
+            self._loss_scale[0].copy_(self._exact.copy_(loss_scale.grad_scale).reciprocal_())
+        if loss_scale.found_inf is not None:
+            self._loss_scale[1].copy_(loss_scale.found_inf)
+
+    def launch_squared_norms(self, dtype: str, place: tuple[int, int]) -> Tensor:
+        """Launch the squared norms of the gradients; return where they are to be, until the clipping overwrites it."""
+        launch.partial_norms(dtype, *self.norm_arguments, *place)
+        launch.squared_norm(self.norm_arguments[0], len(self.scales), *place)
+        return self.scales
 
     def write(self, k: npt.NDArray[np.float32], **columns: Any) -> None:
         """Write the tables."""
@@ -179,15 +224,15 @@ class _Memory:
             [
                 table(
                     k,
-                    self.sizes,
+                    sizes,
                     work=work.data_ptr(),
                     items=len(work),
                     scales=self._scale_addresses,
-                    partials=self._partial_addresses,
+                    partials=partials,
                     lookup=_lookup(self.device).data_ptr(),
                     **columns,
                 )
-                for work in self.works
+                for work, sizes, partials in self._layouts
             ]
         )
         if self.device.type == "cpu":

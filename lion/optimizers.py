@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lion import backends, checkpoints, paging
 from lion.backends import StepCoefficients
 from lion.batches import Batch, StaleBatch
+from lion.loss_scale import LossScale
 from lion.options import STATE_OPTIONS, check_group, form_of
 from lion.overrides import GlobalOptimManager
 from lion.plan import Plan, check_parameter, parameter_name
@@ -58,6 +59,8 @@ class Lion(Optimizer):
 
     _plan: Plan | None = None
     _in_backward: object = None
+    # torch.amp.GradScaler leaves the unscaling of the gradients to the step.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -131,15 +134,23 @@ class Lion(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._prepared()
+        loss_scale = LossScale.of(self)
+        if loss_scale.found_inf is not None and loss_scale.found_inf.device.type == "cpu" and loss_scale.skips():
+            return loss
+        first = not self.state
+        plan, batches = self._prepared()
         try:
-            for batch, _ in plan:
+            plan.sum_norms(batches, loss_scale)
+            # torch.distributed.checkpoint makes state by such a step; what follows shall not notice.
+            if first and plan.changes_nothing(batches):
+                return loss
+            for batch, _ in batches:
                 torch.autograd.graph.increment_version(batch.params)
-            for batch, coefficients in plan:
-                backends.for_device(batch.device).update(batch, coefficients)
+            for batch, coefficients in batches:
+                backends.for_device(batch.device).update(batch, coefficients, loss_scale)
                 batch.finish()
         finally:
-            for batch, _ in plan:
+            for batch, _ in batches:
                 batch.release()
         return loss
 
@@ -177,23 +188,24 @@ class Lion(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if self.state.get(p):
-                    form = form_of(p.numel(), {**group, **overrides.get(id(p), {})})
+                    form = form_of(p, {**group, **overrides.get(id(p), {})})
                     self.state[p] = placed(self.state[p], form.paged)
 
-    def _prepared(self) -> list[tuple[Batch, StepCoefficients]]:
-        """Return the batches of this step, checked and ready to run."""
+    def _prepared(self) -> tuple[Plan, list[tuple[Batch, StepCoefficients]]]:
+        """Return the plan of this step and its batches, checked and ready to run."""
         manager = GlobalOptimManager.get_instance()
         groups = self.param_groups
         members = [[p for p in group["params"] if p.grad is not None] for group in groups]
         params = [p for some in members for p in some]
         # The plan keeps the groups that have members alive, so their ids stay theirs.
         options = [
-            (id(group), len(some), *map(group.get, STATE_OPTIONS)) for group, some in zip(groups, members, strict=True)
+            (id(group), len(group["params"]), len(some), *map(group.get, STATE_OPTIONS))
+            for group, some in zip(groups, members, strict=True)
         ]
         signature = (manager.version, paging.forks(), options)
         if self._plan is not None and self._plan.fits(params, self.state, signature):
             try:
-                return self._plan.refreshed()
+                return self._plan, self._plan.refreshed()
             # A tensor without memory raises RuntimeError, a state without a key KeyError; a new plan says it better.
             except (StaleBatch, RuntimeError, KeyError):
                 pass
@@ -204,7 +216,7 @@ class Lion(Optimizer):
         except StaleBatch:
             raise TypeError("Invalid gradient or parameter: its memory cannot be addressed") from None
         self._plan = plan
-        return prepared
+        return plan, prepared
 
 
 class Lion8bit(Lion):

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from lion import sharding
+
 HYPERPARAMETERS = ("lr", "betas", "weight_decay")
 STATE_OPTIONS = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
 MIN_PAGED_SIZE = 100_000
@@ -37,13 +39,18 @@ class Form(NamedTuple):
     paged: bool
 
 
-def form_of(numel: int, options: Mapping[str, Any]) -> Form:
-    """Return the form that the state of a parameter of ``numel`` elements has under these options."""
-    if options["optim_bits"] == 32 or numel < options["min_8bit_size"]:
+def form_of(p: Tensor, options: Mapping[str, Any]) -> Form:
+    """Return the form that the state of a parameter has under these options.
+
+    The precision follows the element count of the whole parameter, so that it does not depend on a mesh; what is paged
+    is the memory of one process, so that follows the count in this process's shard.
+    """
+    if options["optim_bits"] == 32 or p.numel() < options["min_8bit_size"]:
         kind = Kind.FLOAT32
     else:
         kind = Kind.BLOCKWISE if options["block_wise"] else Kind.TENSORWISE
-    return Form(kind, options["percentile_clipping"] < 100, options["is_paged"] and numel >= MIN_PAGED_SIZE)
+    paged = options["is_paged"] and sharding.local(p).numel() >= MIN_PAGED_SIZE
+    return Form(kind, options["percentile_clipping"] < 100, paged)
 
 
 def check_value(key: str, value: Any) -> Any:

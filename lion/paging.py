@@ -20,7 +20,8 @@ from cuda_kernels import managed
 
 DIRECTORY_VARIABLE = "LION_PAGE_DIR"
 
-# Tensors made here, by the number of forks before. A copy of one is no key: it is ordinary memory.
+# Memory made here, as the tensor that all others there are views of, and the number of forks before. A copy of one
+# is no key: it is ordinary memory.
 _made: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
 _forks = 0
 
@@ -35,8 +36,13 @@ def is_paged(tensor: Tensor) -> bool:
 
     A file that is mapped is shared with a forked child, so after a fork neither process may go on writing to it.
     """
-    forks_before = _made.get(tensor)
+    forks_before = _forks_before(tensor)
     return forks_before is not None and (tensor.is_cuda or forks_before == _forks)
+
+
+def _forks_before(tensor: Tensor) -> int | None:
+    """Return the number of forks before the memory of a tensor was made here; None for other memory."""
+    return _made.get(tensor if tensor._base is None else tensor._base)
 
 
 def moved(tensor: Tensor, paged: bool) -> Tensor:
@@ -50,7 +56,7 @@ def moved(tensor: Tensor, paged: bool) -> Tensor:
         OSError: If there is no room or no permission for a file.
         RuntimeError: If the platform has no pageable memory.
     """
-    if is_paged(tensor) if paged else tensor not in _made:
+    if is_paged(tensor) if paged else _forks_before(tensor) is None:
         return tensor
     place = empty(tensor.shape, tensor.dtype, tensor.device) if paged else torch.empty_like(tensor)
     if tensor.is_cuda:
@@ -74,9 +80,17 @@ def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor
     """
     size = dtype.itemsize * shape.numel()
     flat = _managed(size, device) if device.type == "cuda" else _mapped(size)
-    tensor = flat.view(dtype).view(shape)
-    _made[tensor] = _forks
-    return tensor
+    _made[flat] = _forks
+    return flat.view(dtype).view(shape)
+
+
+def empty_like(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Return a tensor of another shape in memory of the same kind; its values are not defined.
+
+    Raises:
+        OSError: If there is no room or no permission for a file.
+    """
+    return (empty if is_paged(tensor) else torch.empty)(shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def paged(states: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:

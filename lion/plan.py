@@ -6,18 +6,24 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from operator import is_
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 import reference
-from lion import backends, state
+from lion import backends, sharding, state
 from lion.backends import StepCoefficients
 from lion.batches import Batch
+from lion.loss_scale import LossScale
 from lion.options import HYPERPARAMETERS, check_group, check_value, form_of
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 Group = Mapping[str, Any]
+# A mesh, and the dimensions of it that a parameter is sharded over.
+_Shards: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]]"
 
 # Paged state updated by one kernel call, in bytes: it has to fit on a device beside everything else.
 _PORTION = 256 * 2**20
@@ -49,17 +55,27 @@ class Plan:
     ) -> None:
         self._signature = signature
         self._params: list[Tensor] = []
+        # Parameters whose norms have to be summed over their shards, whether they have a gradient here or not.
+        self._norms: dict[_Shards, dict[Tensor, int]] = {}
+        self._indices: dict[Batch, Tensor] = {}
+        self._groups = groups
+        sharded = [p for group in groups for p in group["params"] if sharding.is_sharded(p)]
+        self._meshes = {p.device_mesh: None for p in sharded}
         members: list[tuple[Tensor, str, int, Mapping[str, Any]]] = []
         for number, group in enumerate(groups):
             check_group(group)
             for index, p in enumerate(group["params"]):
+                override = overrides.get(id(p), {})
+                shards = _shards(p, {**group, **override})
+                if shards is not None:
+                    places = self._norms.setdefault(shards, {})
+                    places[p] = len(places)
                 if p.grad is None:
                     continue
                 name = parameter_name(group, number, index)
                 check_parameter(p, name)
                 _check_gradient(p, p.grad, name)
                 backends.for_device(p.device)
-                override = overrides.get(id(p), {})
                 _coefficients(group, override, p.device)
                 members.append((p, name, number, override))
                 self._params.append(p)
@@ -71,7 +87,7 @@ class Plan:
         turns: Counter[int] = Counter()
         for p, name, number, override in members:
             options = {**groups[number], **override}
-            form, percentile = form_of(p.numel(), options), options["percentile_clipping"]
+            form, percentile = form_of(p, options), options["percentile_clipping"]
             if percentile < 100 and getattr(p, "_fsdp_flattened", False):
                 raise ValueError(
                     f"Invalid percentile_clipping for {name}: {percentile}; 100 is allowed with FSDP1, whose shards "
@@ -80,21 +96,23 @@ class Plan:
             new_states[p] = state.adapted(states.get(p), p, form, name)
             hyperparameters = tuple(override.get(key) for key in HYPERPARAMETERS)
             portion = paged_bytes // _PORTION
-            paged_bytes += new_states[p]["state1"].nbytes if form.paged else 0
-            turn = turns[p.data_ptr()] if p.numel() else 0
-            turns[p.data_ptr()] += 1
-            key = (form.kind, percentile, number, hyperparameters, p.device, p.dtype, form.paged and portion, turn)
+            memory = sharding.local(p)
+            paged_bytes += sharding.local(new_states[p]["state1"]).nbytes if form.paged else 0
+            turn = turns[memory.data_ptr()] if memory.numel() else 0
+            turns[memory.data_ptr()] += 1
+            layout = _shards(p, options), sharding.is_sharded(p)
+            key = (form, percentile, number, hyperparameters, p.device, p.dtype, layout, form.paged and portion, turn)
             batches.setdefault(key, []).append(p)
         states.update(new_states)
 
         self._all_states = list(states.values())
         self._batches = [
             (
-                Batch(kind, percentile, params, [states[p] for p in params]),
+                Batch(form.kind, percentile, params, [states[p] for p in params]),
                 groups[number],
                 {key: value for key, value in zip(HYPERPARAMETERS, override, strict=True) if value is not None},
             )
-            for (kind, percentile, number, override, *_), params in batches.items()
+            for (form, percentile, number, override, *_), params in batches.items()
         ]
 
     def fits(self, params: Sequence[Tensor], states: Mapping[Tensor, state.State], signature: object) -> bool:
@@ -116,8 +134,61 @@ class Plan:
         """
         prepared = [(batch, _coefficients(group, override, batch.device)) for batch, group, override in self._batches]
         for batch, _ in prepared:
-            batch.refresh([p.grad for p in batch.params])  # type: ignore[misc]
+            batch.refresh()
         return prepared
+
+    def sum_norms(self, prepared: Sequence[tuple[Batch, StepCoefficients]], loss_scale: LossScale) -> None:
+        """Bring to the batches the norms of the gradients whose shards other processes have, too.
+
+        Every process that takes part in a step has to call it, whatever gradients it has.
+
+        Args:
+            prepared: What :meth:`refreshed` returned.
+            loss_scale: The scaling of the loss.
+        """
+        for shards, places in self._norms.items():
+            device = next(iter(places)).device
+            mine = [(batch, step) for batch, step in prepared if batch.params[0] in places]
+            norms = torch.zeros(len(places), dtype=torch.float64, device=device)
+            for batch, step in mine:
+                squared = backends.for_device(batch.device).squared_norms(batch, step, loss_scale)
+                norms[self._places(batch, places)] = squared.to(device, torch.float64)
+            sums = sharding.sum_over_shards(norms, *shards).float()
+            for batch, _ in mine:
+                batch.squared_norms = sums[self._places(batch, places)].to(batch.device)
+
+    def _places(self, batch: Batch, places: Mapping[Tensor, int]) -> Tensor:
+        """Return where the norms of a batch are, as indices on its device, made once: making them waits for it."""
+        if batch not in self._indices:
+            self._indices[batch] = torch.tensor([places[p] for p in batch.params], device=batch.device)
+        return self._indices[batch]
+
+    def changes_nothing(self, prepared: Sequence[tuple[Batch, StepCoefficients]]) -> bool:
+        """Return whether all learning rates and all gradients are zero, on every process.
+
+        It waits for the devices, except where a learning rate is not zero or a tensor on one of them.
+        """
+        rates = [group["lr"] for group in self._groups]
+        if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates) or any(map(bool, rates)):
+            return False
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False
+        changes = any(
+            step.device_lr is not None or step.values.lr != 0 or any(map(Tensor.any, batch.gradients))
+            for batch, step in prepared
+        )
+        for mesh in self._meshes:
+            flag = torch.tensor([changes], dtype=torch.float64, device="cpu")
+            changes = bool(sharding.sum_over_shards(flag, mesh, range(mesh.ndim)))
+        return not changes
+
+
+def _shards(p: Tensor, options: Mapping[str, Any]) -> _Shards | None:
+    """Return what the norm of a parameter's gradient has to be summed over, if it is clipped and has shards."""
+    if options["percentile_clipping"] < 100 and sharding.is_sharded(p):
+        dimensions = sharding.mesh_dimensions(p)
+        return (p.device_mesh, dimensions) if dimensions else None
+    return None
 
 
 def parameter_name(group: Group, number: int, index: int) -> str:
@@ -130,6 +201,8 @@ def check_parameter(p: Tensor, name: str) -> None:
     """Raise unless a parameter's dtype and layout are supported."""
     if p.layout != torch.strided:
         raise TypeError(f"Invalid {name}: layout {p.layout}; dense tensors are supported")
+    if sharding.is_sharded(p) and any(placement.is_partial() for placement in p.placements):
+        raise TypeError(f"Invalid {name}: its placements are {p.placements}; sharded and replicated ones are supported")
     if p.dtype not in backends.DTYPES:
         raise TypeError(f"Invalid {name}: {p.dtype}; {', '.join(map(str, backends.DTYPES))} are supported")
 
@@ -137,12 +210,17 @@ def check_parameter(p: Tensor, name: str) -> None:
 def _check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
     if grad.layout != torch.strided:
         raise TypeError(f"Invalid gradient of {name}: layout {grad.layout}; dense tensors are supported")
+    if sharding.is_sharded(grad) != sharding.is_sharded(p):
+        raise TypeError(
+            f"Invalid gradient of {name}: {type(grad).__name__}; a DTensor is needed where the parameter is one"
+        )
     if grad.dtype != p.dtype or grad.shape != p.shape or grad.device != p.device:
         raise TypeError(
             f"Invalid gradient of {name}: {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}; "
             f"{p.dtype} of shape {tuple(p.shape)} on {p.device} is needed"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+    memory = sharding.local(p)
+    if any(stride == 0 and size > 1 for stride, size in zip(memory.stride(), memory.shape, strict=True)):
         raise ValueError(f"Invalid {name}: its elements share memory (strides {p.stride()})")
 
 

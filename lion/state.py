@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import reference
-from lion import functional, paging
+from lion import functional, paging, sharding
 from lion.options import Form, Kind
 
 State = dict[str, Any]
@@ -49,6 +49,8 @@ def create(p: Tensor, form: Form) -> State:
     Raises:
         OSError: If there is no room or no permission for paged state.
     """
+    if sharding.is_sharded(p):
+        return sharding.wrapped(create(sharding.local(p), form), p)
     state: State = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     if form.kind is Kind.FLOAT32:
         state["state1"] = _full(p.shape, 0, torch.float32, p.device, form.paged)
@@ -79,6 +81,11 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
     """
     if not state:
         return create(p, form)
+    if sharding.is_sharded(p):
+        _check_sharded(state, name)
+        local_state = sharding.unwrapped(state, p, name)
+        new = adapted(local_state, sharding.local(p), form, name)
+        return state if new is local_state else sharding.wrapped(new, p)
     check(state, p, name)
     old = kind_in(state)
     if old is form.kind and form.clipped == ("gnorm_vec" in state):
@@ -99,6 +106,11 @@ def placed(state: State, paged: bool) -> State:
     Raises:
         OSError: If there is no room or no permission for paged state.
     """
+    momentum = state["state1"]
+    if sharding.is_sharded(momentum):
+        local_state = sharding.unwrapped(state, momentum, "a parameter")
+        new = placed(local_state, paged)
+        return state if new is local_state else sharding.wrapped(new, momentum)
     tensors = {key: paging.moved(state[key], paged) for key in _PAGED_KEYS if key in state}
     return {**state, **tensors} if any(tensors[key] is not state[key] for key in tensors) else state
 
@@ -141,6 +153,16 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
         OSError: If there is no room or no permission for paged state.
     """
     flat = _flattened(saved, name)
+    if sharding.is_sharded(p):
+        if sharding.is_sharded(flat.get("state1")):
+            _check_sharded(flat, name)
+            local_state = sharding.unwrapped(flat, p, name)
+        else:
+            # Every process has all of it: the whole is read, and of that the shard kept.
+            stand_in = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
+            whole = load(flat, stand_in, form._replace(kind=Kind.FLOAT32, paged=False), name)
+            local_state = {**whole, "state1": sharding.shard_of(whole["state1"], p)}
+        return sharding.wrapped(load(local_state, sharding.local(p), form, name), p)
     block_size = _saved_block_size(flat, p)
     _check_contents(flat, p, name, block_size)
     state = {
@@ -163,6 +185,13 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
         else:
             state["qmap1"] = shared
     return adapted(state, p, form, name)
+
+
+def _check_sharded(state: State, name: str) -> None:
+    """Raise unless the tensors that a DTensor's state keeps for its elements and blocks are DTensors."""
+    for key in ("state1", "absmax1", "max1", "new_max1"):
+        if key in state and not sharding.is_sharded(state[key]):
+            raise ValueError(f"Invalid state of {name}: {key!r} must be a DTensor, like the parameter")
 
 
 def _flattened(saved: object, name: str) -> State:
@@ -227,9 +256,12 @@ def _check_contents(state: State, p: Tensor, name: str, block_size: int) -> None
 
 def momentum(state: State, block_size: int = reference.BLOCK_SIZE) -> Tensor:
     """Return the momentum in a state as float32; float32 momentum itself, no copy."""
-    kind = kind_in(state)
+    kind, stored = kind_in(state), state["state1"]
     if kind is Kind.FLOAT32:
-        return state["state1"]
+        return stored
+    if sharding.is_sharded(stored):
+        local_state = sharding.unwrapped(state, stored, "a parameter")
+        return sharding.wrapped({"state1": momentum(local_state)}, stored)["state1"]
     if kind is Kind.TENSORWISE:
         return state["qmap1"][state["state1"].int()] * state["max1"]
     return functional.dequantize_blockwise(

@@ -15,12 +15,14 @@ HISTORY = 100
 CHUNK = 4096
 CHUNK_LANES = 256
 TOTAL_LANES = 32
+UNSCALED = np.float32(1.0)
 
 
-def squared_norm(grad: npt.NDArray[np.generic]) -> np.float32:
+def squared_norm(grad: npt.NDArray[np.generic], inv_scale: np.float32 = UNSCALED) -> np.float32:
     """Return the sum of the squares of a gradient, in the specified order.
 
-    The flat gradient is cut into chunks of 4096 elements, the last one filled up with zeros::
+    The flat gradient, every element multiplied by ``inv_scale``, is cut into chunks of 4096 elements, the last one
+    filled up with zeros::
 
         lane[j]  = ((g[j]² + g[j + 256]²) + g[j + 512]²) + ...     256 float32 lanes, 16 terms each
         partial  = lanes added in adjacent pairs, then the sums in adjacent pairs, ... until one is left
@@ -29,12 +31,13 @@ def squared_norm(grad: npt.NDArray[np.generic]) -> np.float32:
 
     Args:
         grad: Array of any shape, float32, float16 or bfloat16.
+        inv_scale: Factor that undoes the scaling of the loss, float32 (default: 1).
 
     Returns:
         The squared L2 norm, float32; infinity or NaN where the gradient or the sum is not finite.
     """
     with np.errstate(all="ignore"):
-        g = _fill_up(grad.astype(np.float32).reshape(-1), CHUNK)
+        g = _fill_up((grad.astype(np.float32) * inv_scale).reshape(-1), CHUNK)
         squares = (g * g).reshape(-1, CHUNK // CHUNK_LANES, CHUNK_LANES)
         lanes = squares[:, 0]
         for i in range(1, CHUNK // CHUNK_LANES):

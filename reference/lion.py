@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from reference.clipping import UNSCALED
 from reference.quantization import Float32Array, Uint8Array, dequantize_blockwise, quantize_blockwise
 
 BLOCK_SIZE = 256
-UNSCALED = np.float32(1.0)
 
 
 class Coefficients(NamedTuple):
@@ -66,12 +66,13 @@ def update_32bit(
     momentum: Float32Array,
     k: Coefficients,
     scale: np.float32 = UNSCALED,
+    inv_scale: np.float32 = UNSCALED,
 ) -> tuple[npt.NDArray[np.generic], Float32Array]:
     """Return parameter and momentum after one Lion step with float32 momentum.
 
     ::
 
-        g        = float32(grad) * scale
+        g        = float32(grad) * inv_scale * scale
         c        = beta1 * momentum + (1 - beta1) * g            two products, then one sum
         param    = round(float32(param) * decay - lr * sign(c))  one rounding to the parameter's dtype
         momentum = beta2 * momentum + (1 - beta2) * g
@@ -83,7 +84,8 @@ def update_32bit(
         grad: The gradient, float32, float16 or bfloat16, the parameter's shape.
         momentum: The momentum, float32, the parameter's shape.
         k: The coefficients of the step.
-        scale: Factor of the gradient, float32 (default: 1); below 1 when it is clipped.
+        scale: Factor that clips the gradient, float32 (default: 1).
+        inv_scale: Factor that undoes the scaling of the loss, float32 (default: 1).
 
     Returns:
         The new parameter (the dtype of ``param``) and the new momentum (float32).
@@ -92,7 +94,7 @@ def update_32bit(
         arXiv 2302.06675, Algorithm 2; the decay is decoupled as there.
     """
     with np.errstate(all="ignore"):
-        g = grad.astype(np.float32) * scale
+        g = grad.astype(np.float32) * inv_scale * scale
         c = k.beta1 * momentum + k.one_minus_beta1 * g
         new_param = param.astype(np.float32) * k.decay - k.lr * np.sign(c)
         new_momentum = k.beta2 * momentum + k.one_minus_beta2 * g
@@ -108,6 +110,7 @@ def update_8bit_blockwise(
     k: Coefficients,
     scale: np.float32 = UNSCALED,
     block_size: int = BLOCK_SIZE,
+    inv_scale: np.float32 = UNSCALED,
 ) -> tuple[npt.NDArray[np.generic], Uint8Array, Float32Array]:
     """Return parameter, codes and absmax after one Lion step with blockwise 8-bit momentum.
 
@@ -121,8 +124,9 @@ def update_8bit_blockwise(
         absmax: The momentum's absmax, float32, one per block.
         qmap: The quantization map, float32 of shape (256,).
         k: The coefficients of the step.
-        scale: Factor of the gradient, float32 (default: 1).
+        scale: Factor that clips the gradient, float32 (default: 1).
         block_size: Elements in a block (default: 256).
+        inv_scale: Factor that undoes the scaling of the loss, float32 (default: 1).
 
     Returns:
         The new parameter (the dtype of ``param``), codes (uint8) and absmax (float32).
@@ -134,7 +138,7 @@ def update_8bit_blockwise(
         arXiv 2302.06675, Algorithm 2, on the 8-bit states of arXiv 2110.02861.
     """
     momentum = dequantize_blockwise(codes, absmax, qmap, block_size)
-    new_param, new_momentum = update_32bit(param, grad, momentum, k, scale)
+    new_param, new_momentum = update_32bit(param, grad, momentum, k, scale, inv_scale)
     return new_param, *quantize_blockwise(new_momentum, qmap, block_size)
 
 
@@ -146,6 +150,7 @@ def update_8bit_tensorwise(
     qmap: Float32Array,
     k: Coefficients,
     scale: np.float32 = UNSCALED,
+    inv_scale: np.float32 = UNSCALED,
 ) -> tuple[npt.NDArray[np.generic], Uint8Array, Float32Array]:
     """Return parameter, codes and absmax after one Lion step with tensor-wise 8-bit momentum.
 
@@ -158,7 +163,8 @@ def update_8bit_tensorwise(
         absmax: The momentum's absmax, float32 of shape (1,).
         qmap: The quantization map, float32 of shape (256,).
         k: The coefficients of the step.
-        scale: Factor of the gradient, float32 (default: 1).
+        scale: Factor that clips the gradient, float32 (default: 1).
+        inv_scale: Factor that undoes the scaling of the loss, float32 (default: 1).
 
     Returns:
         The new parameter (the dtype of ``param``), codes (uint8) and absmax (float32 of shape (1,)).
@@ -169,4 +175,4 @@ def update_8bit_tensorwise(
     Source:
         bitsandbytes' Lion with ``block_wise=False``.
     """
-    return update_8bit_blockwise(param, grad, codes, absmax, qmap, k, scale, block_size=param.size)
+    return update_8bit_blockwise(param, grad, codes, absmax, qmap, k, scale, param.size, inv_scale)

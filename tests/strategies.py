@@ -5,7 +5,7 @@ Large inputs are drawn as a recipe and a seed and made by NumPy, which is fast a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -204,6 +204,34 @@ def weight_decays() -> st.SearchStrategy[float]:
 def hyperparameters() -> st.SearchStrategy[tuple[float, tuple[float, float], float]]:
     """Arguments of ``reference.coefficients``: lr, betas, weight_decay."""
     return st.tuples(learning_rates(), betas(), weight_decays())
+
+
+class Unscaling(NamedTuple):
+    """What undoes the scaling of a loss: torch's ``grad_scale`` and ``found_inf``, each may be missing."""
+
+    grad_scale: np.float32 | None
+    found_inf: np.float32 | None
+
+    def inv_scale(self) -> np.float32:
+        """Return the factor of the gradients."""
+        with np.errstate(all="ignore"):
+            return np.float32(1) if self.grad_scale is None else np.float32(1) / self.grad_scale
+
+
+NO_UNSCALING = Unscaling(None, None)
+
+
+def unscalings() -> st.SearchStrategy[Unscaling]:
+    """Scalings of a loss: torch's powers of two, others, any float32 bits; infinities found and not."""
+    usual = st.sampled_from([65536.0, 1.0, 1000.0, 3.0, 2.0**-20, 2.0**127]).map(np.float32)
+    any_bits = st.integers(0, 2**32 - 1).map(lambda pattern: np.uint32(pattern).view(np.float32))
+    found_inf = st.sampled_from([None, np.float32(0.0), np.float32(0.0), np.float32(1.0)])
+    return st.builds(Unscaling, st.none() | usual | any_bits, found_inf)
+
+
+def inv_scales() -> st.SearchStrategy[np.float32]:
+    """Factors that undo the scaling of a loss."""
+    return unscalings().map(Unscaling.inv_scale)
 
 
 def scales() -> st.SearchStrategy[np.float32]:

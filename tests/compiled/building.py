@@ -17,13 +17,17 @@ Capability = tuple[int, int]
 
 CAPABILITIES: list[Capability] = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 DTYPES = ("float32", "float16", "bfloat16")
-KERNELS: list[tuple[str, str | None]] = [
-    *((name, dtype) for name in ("update_32bit", "update_8bit_blockwise") for dtype in DTYPES),
-    *((name, dtype) for name in ("measure_tensorwise", "update_tensorwise", "partial_norms") for dtype in DTYPES),
-    *((name, dtype) for name in ("quantize_blockwise", "dequantize_blockwise") for dtype in DTYPES),
-    *((name, None) for name in ("begin_tensorwise", "end_tensorwise", "squared_norm", "percentile_clipping")),
+UPDATES = ("update_32bit", "update_8bit_blockwise", "measure_tensorwise", "update_tensorwise")
+KERNELS: list[tuple[str, str | None, bool]] = [
+    *((name, dtype, scaled_loss) for name in UPDATES for dtype in DTYPES for scaled_loss in (False, True)),
+    *(
+        (name, dtype, False)
+        for name in ("partial_norms", "quantize_blockwise", "dequantize_blockwise")
+        for dtype in DTYPES
+    ),
+    *((name, None, False) for name in ("begin_tensorwise", "end_tensorwise", "squared_norm", "percentile_clipping")),
 ]
-"""Every kernel: name and dtype as :func:`cuda_kernels.launch.kernel` takes them."""
+"""Every kernel: its name, dtype and kind as :func:`cuda_kernels.launch.kernel` takes them."""
 
 
 class Binary(NamedTuple):

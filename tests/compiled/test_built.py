@@ -21,7 +21,10 @@ CAPABILITIES = [
     else pytest.param(capability, id=f"{capability[0]}.{capability[1]}", marks=pytest.mark.exhaustive)
     for capability in building.CAPABILITIES
 ]
-KERNELS = [pytest.param(name, dtype, id=f"{name}-{dtype}") for name, dtype in building.KERNELS]
+KERNELS = [
+    pytest.param(name, dtype, scaled_loss, id=f"{name}-{dtype}" + "-scaled" * scaled_loss)
+    for name, dtype, scaled_loss in building.KERNELS
+]
 
 # The total of the partial norms is the one place where float64 is specified.
 FLOAT64 = {"squared_norm", "percentile_clipping"}
@@ -47,10 +50,10 @@ def in_loops(ptx: str) -> str:
     return "\n".join(lines[i] for i in sorted(inside))
 
 
-@pytest.mark.parametrize(("name", "dtype"), KERNELS)
+@pytest.mark.parametrize(("name", "dtype", "scaled_loss"), KERNELS)
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_ptx(capability: building.Capability, name: str, dtype: str | None) -> None:
-    ptx = building.ptx(launch.kernel(name, dtype), capability)
+def test_ptx(capability: building.Capability, name: str, dtype: str | None, scaled_loss: bool) -> None:
+    ptx = building.ptx(launch.kernel(name, dtype, scaled_loss), capability)
     found, repeated = operations(ptx), operations(in_loops(ptx))
     assert repeated, "no loop was found"
     assert {op for op in found if op.startswith(("ld.global", "st.global"))}, "the pattern finds nothing"
@@ -66,10 +69,10 @@ def test_ptx(capability: building.Capability, name: str, dtype: str | None) -> N
     assert name not in WIDE_STORES or {op for op in found if re.match(r"st\.global\.v4\.\w32", op)}
 
 
-@pytest.mark.parametrize(("name", "dtype"), KERNELS)
+@pytest.mark.parametrize(("name", "dtype", "scaled_loss"), KERNELS)
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_machine_code(capability: building.Capability, name: str, dtype: str | None) -> None:
-    kernel = launch.kernel(name, dtype)
+def test_machine_code(capability: building.Capability, name: str, dtype: str | None, scaled_loss: bool) -> None:
+    kernel = launch.kernel(name, dtype, scaled_loss)
     for route in ("assembled", "link-time optimised"):
         if route == "assembled":
             binary = building.assemble(building.ptx(kernel, capability), capability)

@@ -62,11 +62,13 @@ def empty_memory() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @some
-@given(data=st.data(), hyper=strategies.hyperparameters(), scaled=st.booleans())
-def test_update(kind: str, dtype: str, data: st.DataObject, hyper: object, scaled: bool) -> None:
+@given(data=st.data(), hyper=strategies.hyperparameters(), scaled=st.booleans(), unscaling=strategies.unscalings())
+def test_update(
+    kind: str, dtype: str, data: st.DataObject, hyper: object, scaled: bool, unscaling: strategies.Unscaling
+) -> None:
     ptxrun.unregister()
     drawn = data.draw(cases.tensors(dtype, tensorwise=kind.endswith("tensorwise")))
-    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled)
+    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled, unscaling=unscaling)
 
 
 @pytest.mark.parametrize("maximum", cases.MAXIMA)
@@ -88,7 +90,7 @@ def test_squared_norm(dtype: str, data: st.DataObject) -> None:
     ptxrun.unregister()
     # Over 32 and 256 chunks, the parts of the total take part.
     grads = data.draw(cases.gradients(dtype, 9000, largest=(0, 0, 33 * 4096 + 1, 300 * 4096)))
-    cases.check_squared_norm(MEMORY, dtype, grads)
+    cases.check_squared_norm(MEMORY, dtype, grads, data.draw(strategies.unscalings()))
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
@@ -102,7 +104,8 @@ def test_squared_norm(dtype: str, data: st.DataObject) -> None:
 def test_percentile_clipping(dtype: str, data: st.DataObject, history: cases.Array, step: int, percentile: int) -> None:
     ptxrun.unregister()
     grads = data.draw(cases.gradients(dtype, 5000))
-    cases.check_percentile_clipping(MEMORY, dtype, grads, history, step, percentile)
+    unscaling = data.draw(strategies.unscalings())
+    cases.check_percentile_clipping(MEMORY, dtype, grads, history, step, percentile, unscaling)
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)

@@ -6,7 +6,6 @@ reference, those that must not change included.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,20 +71,30 @@ def tensors(
     return drawn
 
 
-def _expected(kind: str, old: dict[str, Array], k: reference.Coefficients, scale: np.float32) -> dict[str, Array]:
+def _expected(
+    kind: str, old: dict[str, Array], k: reference.Coefficients, scale: np.float32, inv_scale: np.float32
+) -> dict[str, Array]:
     new = {"step": old["step"] + np.float32(1)}
     if not old["param"].size:
         return new
     if kind == "update_32bit":
         names: tuple[str, ...] = ("param", "momentum")
-        updated: tuple[Any, ...] = reference.update_32bit(old["param"], old["grad"], old["momentum"], k, scale)
+        updated: tuple[Any, ...] = reference.update_32bit(
+            old["param"], old["grad"], old["momentum"], k, scale, inv_scale
+        )
     else:
         names = ("param", "codes", "absmax")
         update = getattr(reference, kind)
-        updated = update(old["param"], old["grad"], old["codes"], old["absmax"], QMAP, k, scale)
+        updated = update(old["param"], old["grad"], old["codes"], old["absmax"], QMAP, k, scale, inv_scale=inv_scale)
         if kind == "update_8bit_tensorwise":
             names, updated = (*names, "new_absmax"), (*updated, updated[2])
     return new | dict(zip(names, updated, strict=True))
+
+
+def _put_unscaling(memory: Memory, unscaling: strategies.Unscaling) -> tuple[Buffer, Buffer]:
+    values = unscaling.inv_scale(), unscaling.found_inf or 0
+    inv_scale, found_inf = (memory.put(np.array([value], np.float32)) for value in values)
+    return inv_scale, found_inf
 
 
 def check_update(
@@ -96,6 +105,7 @@ def check_update(
     hyper: Any,
     scaled: bool,
     missing: int = 0,
+    unscaling: strategies.Unscaling = strategies.NO_UNSCALING,
 ) -> None:
     """Launch one of the updates and compare all of its tensors.
 
@@ -127,6 +137,11 @@ def check_update(
     addresses["states"] -= missing * (4 if kind == "update_32bit" else 1)
     if kind == "update_8bit_blockwise":
         addresses["absmax"] -= missing // 256 * 4
+    inv_scale, found_inf = _put_unscaling(memory, unscaling)
+    if unscaling.grad_scale is not None:
+        addresses["inv_scale"] = inv_scale.address
+    if unscaling.found_inf is not None:
+        addresses["found_inf"] = found_inf.address
     words = table(
         np.array(k, np.float32),
         sizes + missing,
@@ -137,9 +152,10 @@ def check_update(
     )
     place = memory.put(words)
     counts = (len(items), len(sizes)) if kind == "update_8bit_tensorwise" else (len(items),)
-    getattr(launch, kind)(dtype, place.address, *counts, 0, 0)
+    getattr(launch, kind)(dtype, place.address, *counts, 0, 0, unscaling.grad_scale is not None)
     for tensor, old in zip(buffers, before, strict=True):
-        new = _expected(kind, old, k, old["scale"][0] if scaled else np.float32(1))
+        scale = old["scale"][0] if scaled else np.float32(1)
+        new = {} if unscaling.found_inf else _expected(kind, old, k, scale, unscaling.inv_scale())
         for name, buffer in tensor.items():
             assert_same_bits(buffer.read(), new.get(name, old[name]), what=name, inputs={**old, "k": k})
     for buffer, values in ((work, items), (lookup, lookup_table()), (place, words)):
@@ -189,27 +205,38 @@ def check_beyond_32_bits(memory: Memory, kind: str, dtype: str) -> None:
     check_update(memory, kind, dtype, [tensor], (1e-3, (0.9, 0.99), 0.1), True, missing=2**33)
 
 
-def check_squared_norm(memory: Memory, dtype: str, grads: list[tuple[Array, int]]) -> None:
+def check_squared_norm(
+    memory: Memory,
+    dtype: str,
+    grads: list[tuple[Array, int]],
+    unscaling: strategies.Unscaling = strategies.NO_UNSCALING,
+) -> None:
     """Launch the squared norms and compare them."""
-    _check_norms(memory, dtype, grads, lambda *arguments: launch.squared_norm(*arguments), None, 0, 100)
+    _check_norms(memory, dtype, grads, "squared_norm", None, 0, 100, unscaling)
 
 
 def check_percentile_clipping(
-    memory: Memory, dtype: str, grads: list[tuple[Array, int]], history: Array, step: int, percentile: int
+    memory: Memory,
+    dtype: str,
+    grads: list[tuple[Array, int]],
+    history: Array,
+    step: int,
+    percentile: int,
+    unscaling: strategies.Unscaling = strategies.NO_UNSCALING,
 ) -> None:
     """Launch the clipping and compare histories and scales."""
-    call = lambda *arguments: launch.percentile_clipping(*arguments)  # noqa: E731
-    _check_norms(memory, dtype, grads, call, history, step, percentile)
+    _check_norms(memory, dtype, grads, "percentile_clipping", history, step, percentile, unscaling)
 
 
 def _check_norms(
     memory: Memory,
     dtype: str,
     grads: list[tuple[Array, int]],
-    call: Callable[..., None],
+    kind: str,
     history: Array | None,
     step: int,
     percentile: int,
+    unscaling: strategies.Unscaling,
 ) -> None:
     n = len(grads)
     sizes = np.array([array.size for array, _ in grads], np.int64)
@@ -224,6 +251,7 @@ def _check_norms(
     def column(buffers: list[Buffer]) -> npt.NDArray[np.int64]:
         return np.array([buffer.address for buffer in buffers], np.int64)
 
+    inv_scale, found_inf = _put_unscaling(memory, unscaling)
     words = table(
         np.zeros(6, np.float32),
         sizes,
@@ -235,11 +263,18 @@ def _check_norms(
         gnorm_vecs=column(histories),
         partials=column(partials),
         percentile=percentile,
+        inv_scale=0 if unscaling.grad_scale is None else inv_scale.address,
+        found_inf=0 if unscaling.found_inf is None else found_inf.address,
     )
     place = memory.put(words)
-    call(dtype, place.address, len(items), n, 0, 0)
+    launch.partial_norms(dtype, place.address, len(items), 0, 0)
+    getattr(launch, kind)(place.address, n, 0, 0)
     for i, (grad, _) in enumerate(grads):
-        squared = reference.squared_norm(grad)
+        squared = reference.squared_norm(grad, unscaling.inv_scale())
+        if unscaling.found_inf:
+            assert_same_bits(scales[i].read(), np.full(1, np.nan, np.float32), what="scale")
+            assert_same_bits(histories[i].read(), np.zeros(100, np.float32) if history is None else history)
+            continue
         if history is None:
             assert_same_bits(scales[i].read(), np.array([squared]), what="squared norm")
             continue

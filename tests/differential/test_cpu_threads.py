@@ -48,7 +48,8 @@ class Stepper:
         sizes, scales = np.array(SIZES, np.int64), np.ones(len(SIZES), np.float32)
         grads, last = table(self.grads), (K, threads)
         params, steps, codes = ([table(arrays) for arrays in kind] for kind in (self.params, self.steps, self.codes))
-        cpu_kernels.percentile_clipping("bfloat16", grads, sizes, table(self.histories), steps[0], scales, 50, threads)
+        norms = cpu_kernels.squared_norm("bfloat16", grads, sizes, threads)
+        cpu_kernels.percentile_clipping(norms, table(self.histories), steps[0], scales, 50, threads)
         cpu_kernels.update_32bit("bfloat16", params[0], grads, table(self.momentums), sizes, steps[0], scales, *last)
         cpu_kernels.update_8bit_blockwise(
             "bfloat16", params[1], grads, codes[0], table(self.absmax), sizes, steps[1], scales, *last

@@ -54,7 +54,7 @@ MEMORY = DeviceMemory()
 @given(data=st.data(), hyper=strategies.hyperparameters(), scaled=st.booleans())
 def test_update(kind: str, dtype: str, data: st.DataObject, hyper: object, scaled: bool) -> None:
     drawn = data.draw(cases.tensors(dtype, tensorwise=kind.endswith("tensorwise")))
-    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled)
+    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled, unscaling=data.draw(strategies.unscalings()))
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
@@ -93,7 +93,7 @@ def test_beyond_32_bits(kind: str, dtype: str) -> None:
 @given(data=st.data())
 def test_squared_norm(dtype: str, data: st.DataObject) -> None:
     grads = data.draw(cases.gradients(dtype, 9000, largest=(0, 0, 33 * 4096 + 1, 300 * 4096, 5_000_003)))
-    cases.check_squared_norm(MEMORY, dtype, grads)
+    cases.check_squared_norm(MEMORY, dtype, grads, data.draw(strategies.unscalings()))
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
@@ -106,7 +106,8 @@ def test_squared_norm(dtype: str, data: st.DataObject) -> None:
 )
 def test_percentile_clipping(dtype: str, data: st.DataObject, history: cases.Array, step: int, percentile: int) -> None:
     grads = data.draw(cases.gradients(dtype, 5000))
-    cases.check_percentile_clipping(MEMORY, dtype, grads, history, step, percentile)
+    unscaling = data.draw(strategies.unscalings())
+    cases.check_percentile_clipping(MEMORY, dtype, grads, history, step, percentile, unscaling)
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)

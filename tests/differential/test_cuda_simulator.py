@@ -46,7 +46,7 @@ MEMORY = HostMemory()
 @given(st.data(), strategies.dtypes(), strategies.hyperparameters(), st.booleans())
 def test_update(kind: str, data: st.DataObject, dtype: str, hyper: object, scaled: bool) -> None:
     drawn = data.draw(cases.tensors(dtype, tensorwise=kind.endswith("tensorwise"), max_size=600, max_tensors=2))
-    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled)
+    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled, unscaling=data.draw(strategies.unscalings()))
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
@@ -59,7 +59,8 @@ def test_squared_norm(dtype: str) -> None:
 @few
 @given(st.data(), strategies.dtypes(), cases.histories(), st.sampled_from([0, 98, 99, 100]), st.integers(1, 99))
 def test_percentile_clipping(data: st.DataObject, dtype: str, history: cases.Array, step: int, percentile: int) -> None:
-    cases.check_percentile_clipping(MEMORY, dtype, data.draw(cases.gradients(dtype, 300)), history, step, percentile)
+    grads, unscaling = data.draw(cases.gradients(dtype, 300)), data.draw(strategies.unscalings())
+    cases.check_percentile_clipping(MEMORY, dtype, grads, history, step, percentile, unscaling)
 
 
 @few

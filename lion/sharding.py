@@ -1,0 +1,162 @@
+"""Parameters that are DTensors: their local shards, their state, and what their shards need to know of each other.
+
+The kernels work on the shard of this process. What they keep for every element is a DTensor like the parameter. What
+they keep for every block or shard (``absmax1``, ``max1``, ``new_max1``) is a DTensor with a leading dimension for each
+dimension of the mesh that the parameter is sharded over, so that each process holds one row; rows are as long as the
+largest shard needs. So every process's part of a checkpoint is told apart, and what was saved on one mesh does not
+pass for the state of another.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+import reference
+from lion import paging
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+
+_PER_SHARD = ("absmax1", "max1", "new_max1")
+
+
+def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+    """Return whether a tensor is a DTensor."""
+    # Where nobody imported the module, there is none, and importing it takes long.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a DTensor, sharing its memory; any other tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def local_gradient(p: DTensor) -> Tensor:
+    """Return this process's shard of a parameter's gradient, which may have to be gathered or summed for it."""
+    grad: Any = p.grad
+    if grad.placements != p.placements or grad.device_mesh != p.device_mesh:
+        grad = grad.redistribute(p.device_mesh, p.placements)
+    return local(grad)
+
+
+def mesh_dimensions(tensor: DTensor) -> tuple[int, ...]:
+    """Return the dimensions of its mesh that a DTensor is sharded over."""
+    return tuple(i for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
+
+
+def wrapped(state: Mapping[str, Tensor], like: DTensor) -> dict[str, Tensor]:
+    """Return the state of a shard as that of the whole parameter.
+
+    Args:
+        state: The shard's state.
+        like: The parameter, or its momentum.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    mesh, dimensions = like.device_mesh, mesh_dimensions(like)
+    row_placements = [Shard(dimensions.index(i)) if i in dimensions else Replicate() for i in range(mesh.ndim)]
+    new = dict(state)
+    new["state1"] = _dtensor(state["state1"], mesh, like.placements, like.shape)
+    for key in _PER_SHARD:
+        if key in state:
+            length = _row_length(key, like)
+            row = _lengthened(state[key], length).view([1] * len(dimensions) + [length])
+            shape = torch.Size([*(mesh.size(i) for i in dimensions), length])
+            new[key] = _dtensor(row, mesh, tuple(row_placements), shape)
+    return new
+
+
+def unwrapped(state: Mapping[str, Any], like: DTensor, name: str) -> dict[str, Any]:
+    """Return this process's part of a state whose momentum is a DTensor, sharing its memory.
+
+    Args:
+        state: The state.
+        like: The parameter, or its momentum.
+        name: What to call the parameter in an error.
+
+    Raises:
+        ValueError: If the state is that of another mesh, or of other placements on it.
+    """
+    momentum, new = state["state1"], dict(state)
+    if (momentum.device_mesh, momentum.placements) != (like.device_mesh, like.placements):
+        raise ValueError(
+            f"Invalid state of {name}: 'state1' is laid out as {momentum.placements} on {momentum.device_mesh}; "
+            f"{like.placements} on {like.device_mesh} is needed"
+        )
+    new["state1"] = local(momentum)
+    for key in _PER_SHARD:
+        if key in state:
+            row = local(state[key])
+            length = _row_length(key, like)
+            if tuple(row.shape) != (*[1] * len(mesh_dimensions(like)), length):
+                raise ValueError(
+                    f"Invalid state of {name}: this process's part of {key!r} has shape {tuple(row.shape)}, as if "
+                    "saved on another mesh; 8-bit state moves between meshes as float32 (lion.to_exp_avg)"
+                )
+            blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 1
+            new[key] = row.view(-1)[:blocks]
+    return new
+
+
+def shard_of(full: Tensor, like: DTensor) -> Tensor:
+    """Return this process's shard of a tensor that every process has whole."""
+    from torch.distributed.tensor import Replicate
+
+    mesh = like.device_mesh
+    replicated = _dtensor(full, mesh, (Replicate(),) * mesh.ndim, full.shape)
+    return local(replicated.redistribute(mesh, like.placements)).contiguous()
+
+
+def sum_over_shards(values: Tensor, mesh: DeviceMesh, dimensions: Iterable[int]) -> Tensor:
+    """Return the sums of float64 values over the shards; every process of the mesh has to call it.
+
+    Args:
+        values: The values of this process's shards, one per parameter.
+        mesh: The mesh of the parameters.
+        dimensions: The dimensions of the mesh that they are sharded over.
+    """
+    sums = values.to(mesh.device_type)
+    for dimension in dimensions:
+        torch.distributed.all_reduce(sums, group=mesh.get_group(dimension))
+    return sums.to(values.device)
+
+
+def _row_length(key: str, like: DTensor) -> int:
+    if key != "absmax1":
+        return 1
+    sizes = list(like.shape)
+    for i in mesh_dimensions(like):
+        placement: Any = like.placements[i]
+        sizes[placement.dim] = -(-sizes[placement.dim] // like.device_mesh.size(i))
+    return -(-math.prod(sizes) // reference.BLOCK_SIZE)
+
+
+def _lengthened(row: Tensor, length: int) -> Tensor:
+    if row.numel() == length:
+        return row
+    longer = paging.empty_like(row, torch.Size([length]))
+    longer[: row.numel()] = row
+    longer[row.numel() :] = 0
+    return longer
+
+
+def _dtensor(local: Tensor, mesh: DeviceMesh, placements: tuple[Any, ...], shape: torch.Size) -> DTensor:
+    """Return a DTensor of which a tensor is this process's part."""
+    # The public from_local would move what FSDP2 offloads to the CPU back to the mesh's device.
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    spec = DTensorSpec(mesh, placements, tensor_meta=TensorMeta(shape, stride, local.dtype))
+    return DTensor(local, spec, requires_grad=False)
