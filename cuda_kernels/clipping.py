@@ -111,8 +111,8 @@ def make_squared_norm() -> Callable[[int], None]:
 
     def squared_norm(table: int) -> None:
         lane = cuda.threadIdx.x & 31
-        tensor, tensors = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5), read_count(table, TENSORS)
-        while tensor < tensors:
+        tensor = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
+        while tensor < read_count(table, TENSORS):
             row = table + ROWS + tensor * ROW_BYTES
             norm = total_norm(load_i64(row + PARTIALS), (load_i64(row + SIZE) + (CHUNK - 1)) // CHUNK, lane)
             if lane == 0:
@@ -177,8 +177,8 @@ def make_percentile_clipping() -> Callable[[int], None]:
     def percentile_clipping(table: int) -> None:
         percentile = load_i64(table + PERCENTILE)
         lane = cuda.threadIdx.x & 31
-        tensor, tensors = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5), read_count(table, TENSORS)
-        while tensor < tensors:
+        tensor = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
+        while tensor < read_count(table, TENSORS):
             row = table + ROWS + tensor * ROW_BYTES
             squared = total_norm(load_i64(row + PARTIALS), (load_i64(row + SIZE) + (CHUNK - 1)) // CHUNK, lane)
             step = np.int64(add(load_f32(load_i64(row + STEP)), np.float32(1)))

@@ -343,8 +343,7 @@ def make_begin_tensorwise() -> Callable[[int], None]:
 
     def begin_tensorwise(table: int) -> None:
         tensor = cuda.blockIdx.x * (WARPS * 32) + cuda.threadIdx.x
-        tensors = read_count(table, TENSORS)
-        while tensor < tensors:
+        while tensor < read_count(table, TENSORS):
             row = table + ROWS + tensor * ROW_BYTES
             count_step(row)
             if load_i64(row + SIZE) > 0:
@@ -452,8 +451,7 @@ def make_end_tensorwise() -> Callable[[int], None]:
 
     def end_tensorwise(table: int) -> None:
         tensor = cuda.blockIdx.x * (WARPS * 32) + cuda.threadIdx.x
-        tensors = read_count(table, TENSORS)
-        while tensor < tensors:
+        while tensor < read_count(table, TENSORS):
             row = table + ROWS + tensor * ROW_BYTES
             if load_i64(row + SIZE) > 0:
                 address = load_i64(row + NEW_ABSMAX)
