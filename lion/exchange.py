@@ -1,4 +1,4 @@
-"""State dicts for, and from, other projects' Lion optimizers.
+"""State dicts for, and from, other projects' Lion optimizers, and for other meshes.
 
 Checkpoints of bitsandbytes need no function to be read: ``load_state_dict`` takes them as they are.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion import state
+from lion import sharding, state
 from lion.checkpoints import check_parts, check_saved_group
 from lion.options import Kind
 
@@ -22,7 +22,7 @@ def from_exp_avg(state_dict: StateDict, drop: Sequence[str] = ()) -> dict[str, A
     """Return a state dict for these optimizers made from that of a Lion whose momentum is called ``exp_avg``.
 
     So are those of lion-pytorch, optimi, timm and others. ``betas`` may be given as ``beta1`` and ``beta2``. Without a
-    ``step`` it is 0, which changes no result.
+    ``step`` it is 0, which changes no result. A ``gnorm_vec`` that :func:`to_exp_avg` kept is taken along.
 
     Args:
         state_dict: What the other optimizer's ``state_dict()`` returned.
@@ -46,12 +46,14 @@ def from_exp_avg(state_dict: StateDict, drop: Sequence[str] = ()) -> dict[str, A
         if not isinstance(exp_avg, Tensor) or not exp_avg.is_floating_point():
             raise ValueError(f"Invalid state of parameter {saved_id!r}: 'exp_avg' must be a tensor of floats")
         step = entries.pop("step", 0)
+        kept = {"gnorm_vec": entries.pop("gnorm_vec")} if "gnorm_vec" in entries else {}
         if entries:
             raise ValueError(
                 f"Invalid state of parameter {saved_id!r}: {next(iter(entries))!r} has no counterpart here; "
                 "name it in `drop` to lose it"
             )
-        states[saved_id] = {"step": torch.tensor(float(step), device="cpu"), "state1": exp_avg.detach().float()}
+        momentum = exp_avg.detach().float()
+        states[saved_id] = {"step": torch.tensor(float(step), device="cpu"), "state1": momentum, **kept}
     groups = []
     for number, saved in enumerate(state_dict["param_groups"]):
         group = dict(saved)
@@ -66,8 +68,12 @@ def to_exp_avg(
     state_dict: StateDict,
     param_groups: Sequence[Mapping[str, Any]] | None = None,
     entries: Mapping[str, Any] | None = None,
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the state dict of one of these optimizers for a Lion whose momentum is called ``exp_avg``.
+    """Return the state dict of one of these optimizers with float32 momentum of the parameter's shape, ``exp_avg``.
+
+    It is what Lions of other projects load, and how 8-bit state of DTensors moves to another mesh: there
+    :func:`from_exp_avg` makes of it what the optimizer loads and quantizes for its own shards.
 
     Args:
         state_dict: What ``state_dict()`` returned here.
@@ -76,18 +82,26 @@ def to_exp_avg(
             groups have these three options only).
         entries: What the other optimizer wants in every state besides ``exp_avg``, for instance
             ``{"kahan_comp": None}`` for optimi (default: nothing).
+        keep: Which of ``"step"`` and ``"gnorm_vec"`` its states keep, for one of these optimizers (default: none).
 
     Returns:
         A state dict for the other optimizer; ``exp_avg`` is float32, which torch's loader casts to the parameter's
-        dtype. Steps and gradient norms are not in it.
+        dtype.
 
     Raises:
-        ValueError: If ``param_groups`` do not hold the same numbers of parameters.
+        ValueError: If ``param_groups`` do not hold the same numbers of parameters, or ``keep`` names something else.
     """
     check_parts(state_dict)
+    if not set(keep) <= {"step", "gnorm_vec"}:
+        raise ValueError(f"Invalid keep: {keep!r}; 'step' and 'gnorm_vec' are allowed")
     # torch's loader would share a tensor that needs no cast.
     states = {
-        key: {"exp_avg": state.momentum(own).clone(), **(entries or {})} for key, own in state_dict["state"].items()
+        key: {
+            "exp_avg": state.momentum(own).clone(),
+            **(entries or {}),
+            **{name: own[name].clone() for name in keep if name in own},
+        }
+        for key, own in state_dict["state"].items()
     }
     own_groups = state_dict["param_groups"]
     templates = [{"params": group["params"]} for group in own_groups] if param_groups is None else param_groups
@@ -112,10 +126,15 @@ def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
 
     Returns:
         A state dict for bitsandbytes; its tensors are the optimizer's own, except converted ones.
+
+    Raises:
+        ValueError: If the states are those of DTensors.
     """
     check_parts(state_dict)
     states = {}
     for key, own in state_dict["state"].items():
+        if sharding.is_sharded(own["state1"]):
+            raise ValueError(f"Invalid state of parameter {key!r}: a DTensor; bitsandbytes' optimizers have none")
         new = dict(own, step=int(own["step"]))
         if "max1" in own:
             del new["max1"], new["new_max1"]

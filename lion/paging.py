@@ -42,7 +42,12 @@ def is_paged(tensor: Tensor) -> bool:
 
 def _forks_before(tensor: Tensor) -> int | None:
     """Return the number of forks before the memory of a tensor was made here; None for other memory."""
-    return _made.get(tensor if tensor._base is None else tensor._base)
+    return _made.get(_base(tensor))
+
+
+def _base(tensor: Tensor) -> Tensor:
+    """Return the tensor that stands for the memory of a tensor and of all views of it."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def moved(tensor: Tensor, paged: bool) -> Tensor:
@@ -80,8 +85,9 @@ def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor
     """
     size = dtype.itemsize * shape.numel()
     flat = _managed(size, device) if device.type == "cuda" else _mapped(size)
-    _made[flat] = _forks
-    return flat.view(dtype).view(shape)
+    tensor = flat.view(dtype).view(shape)
+    _made[_base(tensor)] = _forks
+    return tensor
 
 
 def empty_like(tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -102,7 +102,7 @@ def unwrapped(state: Mapping[str, Any], like: DTensor, name: str) -> dict[str, A
             if tuple(row.shape) != (*[1] * len(mesh_dimensions(like)), length):
                 raise ValueError(
                     f"Invalid state of {name}: this process's part of {key!r} has shape {tuple(row.shape)}, as if "
-                    "saved on another mesh; 8-bit state moves between meshes as float32 (lion.to_exp_avg)"
+                    "saved on another mesh; 8-bit state moves between meshes as float32 (lion.exchange.to_exp_avg)"
                 )
             blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 1
             new[key] = row.view(-1)[:blocks]
