@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,22 @@ def found() -> dict[str, Any]:
         "devices": _devices(),
         "backends": {name: _backend(name) for name in ("cpu", "cuda")},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "compiled_cpu_kernels": _compiled_cpu_kernels(),
+        "compiled_cpu_kernels": _compiled(lambda: numba.njit(cache=True)(cpu_kernels.update_32bit).stats.cache_path),
+        "compiled_cuda_kernels": _compiled_cuda_kernels(),
         "paged_state": _paged_state(),
     }
 
 
 def print_tables(found: dict[str, Any]) -> None:
     """Print what was found."""
-    compiled, paged = found["compiled_cpu_kernels"], found["paged_state"]
+    paged = found["paged_state"]
     caches = {
-        "compiled CPU kernels": compiled["problem"]
-        or f"{compiled['folder']} ({compiled['files']} files, {compiled['bytes'] / 2**20:.1f} MiB)",
+        **{
+            f"compiled {name.upper()} kernels": compiled["problem"]
+            or f"{compiled['folder']} ({compiled['files']} files, {compiled['bytes'] / 2**20:.1f} MiB)"
+            for name in ("cpu", "cuda")
+            if (compiled := found[f"compiled_{name}_kernels"])
+        },
         "paged state of CPU tensors": paged["problem"]
         or f"{paged['folder']} ({paged['free_bytes'] / 2**30:.1f} GiB free)",
     }
@@ -98,10 +105,19 @@ def _backend(device: str) -> dict[str, str | None]:
     return {"name": names.get(type(backend), f"cuda_kernels{simulator}"), "problem": None}
 
 
-def _compiled_cpu_kernels() -> dict[str, Any]:
+def _compiled_cuda_kernels() -> dict[str, Any] | None:
+    if importlib.util.find_spec("numba_cuda") is None or launch.simulated():
+        return None
+    from numba import cuda
+
+    return _compiled(lambda: cuda.jit(cache=True)(launch.update_32bit)._cache.cache_path)
+
+
+def _compiled(place: Callable[[], str]) -> dict[str, Any]:
+    """Return what lies in the folder where Numba keeps kernels; asking for its place compiles nothing."""
     try:
-        # Compiles nothing: Numba chooses the folder by the place of the function's source.
-        folder = Path(numba.njit(cache=True)(cpu_kernels.update_32bit).stats.cache_path)
+        # It follows from the place of a function's source.
+        folder = Path(place())
     except (OSError, RuntimeError) as error:
         return {"folder": None, "files": 0, "bytes": 0, "problem": f"kept nowhere: {error}"}
     sizes = [path.stat().st_size for path in folder.glob("*.nb[ci]")]
