@@ -1,0 +1,163 @@
+"""DTensors of a mesh of one process: every backend takes the path of shards, and the results are those without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import lion
+from cuda_kernels import launch
+from lion import paging, sharding
+from lion.backends import use_backend
+from tests.comparing import assert_same_bits
+
+CLASSES = [lion.Lion, lion.Lion8bit, lion.PagedLion, lion.PagedLion8bit]
+OPTIONS: list[dict[str, Any]] = [{}, {"percentile_clipping": 5}, {"block_wise": False, "percentile_clipping": 50}]
+SHAPES = ((20, 31), (7,), (0, 3), ())
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def parameters(mesh: DeviceMesh | None, shapes: Any = SHAPES) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [nn.Parameter(value if mesh is None else shared_out(value, mesh)) for value in values]
+
+
+def shared_out(value: torch.Tensor, mesh: DeviceMesh) -> DTensor:
+    return distribute_tensor(value, mesh, [Shard(0) if value.dim() else Replicate()])
+
+
+def set_gradients(params: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        grad = torch.randn(p.shape, generator=generator) * 1000.0
+        p.grad = shared_out(grad, p.device_mesh) if isinstance(p, DTensor) else grad
+
+
+def assert_same(optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
+    for p, q in zip(optimizer.param_groups[0]["params"], other.param_groups[0]["params"], strict=True):
+        assert_same_bits(sharding.local(p), q, what="parameter")
+        for key, value in optimizer.state[p].items():
+            assert isinstance(value, DTensor) == (key in ("state1", "absmax1", "max1", "new_max1"))
+            assert_same_bits(sharding.local(value).reshape(other.state[q][key].shape), other.state[q][key], what=key)
+
+
+def check(mesh: DeviceMesh, cls: Any, options: dict[str, Any], backend: str) -> None:
+    sharded, plain = parameters(mesh), parameters(None)
+    optimizer, other = (cls(some, lr=1e-2, min_8bit_size=0, **options) for some in (sharded, plain))
+    for step, grad_scale in enumerate((None, 1000.0, 65536.0, None)):
+        set_gradients(sharded, step)
+        set_gradients(plain, step)
+        optimizer.grad_scale = other.grad_scale = grad_scale
+        with use_backend(backend):
+            optimizer.step()
+        with use_backend("reference"):
+            other.step()
+        assert_same(optimizer, other)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_equals_plain_tensors(mesh: DeviceMesh, cls: Any, options: dict[str, Any], backend: str) -> None:
+    check(mesh, cls, options, backend)
+
+
+@pytest.mark.skipif(not launch.simulated(), reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_equals_plain_tensors_in_the_simulator(mesh: DeviceMesh, options: dict[str, Any]) -> None:
+    check(mesh, lion.Lion8bit, options, "cuda")
+
+
+def test_paged_state_stays_where_it_is(mesh: DeviceMesh) -> None:
+    params = parameters(mesh, [(400, 300)])
+    optimizer = lion.PagedLion8bit(params)
+    momenta = []
+    for step in range(2):
+        set_gradients(params, step)
+        optimizer.param_groups[0]["weight_decay"] = 0.1 * step
+        optimizer._plan = None
+        optimizer.step()
+        state = optimizer.state[params[0]]
+        assert all(paging.is_paged(sharding.local(state[key])) for key in ("state1", "absmax1"))
+        momenta.append(sharding.local(state["state1"]).data_ptr())
+    assert momenta[0] == momenta[1]
+
+
+def test_gradients_that_have_to_be_summed(mesh: DeviceMesh) -> None:
+    (sharded,), (plain,) = parameters(mesh, [(8, 4)]), parameters(None, [(8, 4)])
+    plain.grad = torch.randn(8, 4)
+    sharded.grad = shared_out(plain.grad, mesh)
+    optimizer, other = lion.Lion([sharded]), lion.Lion([plain])
+    whole = DTensor.from_local(plain.grad.clone(), mesh, [Partial()])
+    with torch.no_grad():
+        sharded.grad = whole  # type: ignore[assignment]
+    optimizer.step()
+    other.step()
+    assert_same(optimizer, other)
+
+
+def test_partial_parameters_are_refused(mesh: DeviceMesh) -> None:
+    p = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial()]))
+    with pytest.raises(TypeError, match=r"Invalid parameter 0 of group 0: its placements are .*Partial"):
+        lion.Lion([p])
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_loads_what_every_process_has_whole(mesh: DeviceMesh, tmp_path: Path, bits: int) -> None:
+    sharded, plain = parameters(mesh), parameters(None)
+    optimizer, other = (lion.Lion(some, optim_bits=bits, min_8bit_size=0) for some in (sharded, plain))
+    set_gradients(plain, 0)
+    other.step()
+    torch.save(other.state_dict(), tmp_path / "whole.pt")
+    optimizer.load_state_dict(torch.load(tmp_path / "whole.pt", weights_only=True))
+    for p, q in zip(sharded, plain, strict=True):
+        assert_same_bits(sharding.local(optimizer.state[p]["step"]), other.state[q]["step"])
+    if bits == 32:
+        with torch.no_grad():
+            for p, q in zip(sharded, plain, strict=True):
+                sharding.local(p).copy_(q)
+        assert_same(optimizer, other)
+
+
+def test_state_of_another_layout_changes_nothing(mesh: DeviceMesh) -> None:
+    params = parameters(mesh)
+    optimizer = lion.Lion8bit(params, min_8bit_size=0)
+    set_gradients(params, 0)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    absmax = saved["state"][0]["absmax1"]
+    wrong = DTensor.from_local(torch.zeros(2, absmax.shape[1]), mesh, [Shard(0)])
+    saved["state"][0] = {**saved["state"][0], "absmax1": wrong}
+    before = {key: sharding.local(value).clone() for key, value in optimizer.state[params[0]].items()}
+    with pytest.raises(ValueError, match="another mesh"):
+        optimizer.load_state_dict(saved)
+    saved["state"][0] = {**saved["state"][0], "absmax1": absmax.to_local()}
+    with pytest.raises(ValueError, match="'absmax1' must be a DTensor"):
+        optimizer.load_state_dict(saved)
+    for key, value in optimizer.state[params[0]].items():
+        assert_same_bits(sharding.local(value), before[key], what=key)
+
+
+def test_bitsandbytes_gets_no_shards(mesh: DeviceMesh) -> None:
+    params = parameters(mesh)
+    optimizer = lion.Lion8bit(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    with pytest.raises(ValueError, match="DTensor"):
+        lion.exchange.to_bitsandbytes(optimizer.state_dict())
