@@ -22,6 +22,7 @@ MODULES = {
     "lion": "lion",
     "lion.functional": "lion",
     "lion.exchange": "lion",
+    "lion.trainer": "lion",
 }
 
 
