@@ -83,7 +83,7 @@ def undocumented(value: Any, name: str) -> list[str]:
         if other := re.search(r"[Aa]rguments as :func:`(\w+)`", doc):
             doc = inspect.getdoc(getattr(inspect.getmodule(function), other[1])) or ""
         parameters = [p for p in inspect.signature(function).parameters if p not in ("self", "cls")]
-        missing += [f"{full_name}: {p}" for p in parameters if not re.search(rf"^\s+\*?{p}: ", doc, re.MULTILINE)]
+        missing += [f"{full_name}: {p}" for p in parameters if not re.search(rf"^\s+\*{{0,2}}{p}: ", doc, re.MULTILINE)]
     return missing
 
 
