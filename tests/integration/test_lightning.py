@@ -20,10 +20,11 @@ some_classes = pytest.mark.parametrize("make", CHOSEN.values(), ids=CHOSEN.keys(
 
 
 class Module(lightning.LightningModule):
-    def __init__(self, make: Variant) -> None:
+    def __init__(self, make: Variant, unscale_first: bool = False) -> None:
         super().__init__()
         self.model = make_model()
         self.make = make
+        self.unscale_first = unscale_first
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         # Lightning draws random numbers between the batches, and does not save the generator.
@@ -32,6 +33,8 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make(self.parameters(), **OPTIONS)
+        # Otherwise Lightning refuses to clip gradients in mixed precision.
+        optimizer._step_supports_amp_scaling = not self.unscale_first
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=8)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -71,7 +74,7 @@ def train(
     ids=str,
 )
 def test_equals_a_loop_by_hand(make: Variant, settings: dict[str, Any], tmp_path: Path) -> None:
-    optimizer = train(make, tmp_path, **settings)
+    optimizer = train(make, tmp_path, module=Module(make, unscale_first="precision" in settings), **settings)
 
     accumulated = settings.get("accumulate_grad_batches", 1)
     module = Module(make)
@@ -105,17 +108,21 @@ def test_stop_and_resume(make: Variant, tmp_path: Path) -> None:
     assert_unchanged(resumed, snapshot(whole))
 
 
+def float16() -> Any:
+    # Lightning makes a scaler for GPUs only; one of its own can be given.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
+    return lightning.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @some_classes
-def test_float16_with_a_scaler(make: Variant, tmp_path: Path) -> None:
-    # Lightning makes a scaler for GPUs only; one of its own can be given.
-    def precision() -> Any:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
-        return lightning.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_float16_with_a_scaler(make: Variant, clip: float | None, tmp_path: Path) -> None:
+    # What may not be clipped is unscaled in the step, unlike by hand.
+    module = Module(make, unscale_first=clip is not None)
+    optimizer = train(make, tmp_path, module=module, plugins=(plugin := float16()), gradient_clip_val=clip)
 
-    optimizer = train(make, tmp_path, plugins=(plugin := precision()))
-
-    module, scaler = Module(make), precision().scaler
+    module, scaler = Module(make, unscale_first=True), float16().scaler
     chosen = module.configure_optimizers()
     by_hand, schedule = chosen["optimizer"], chosen["lr_scheduler"]["scheduler"]
     for index, batch in enumerate(make_data()[:8]):
@@ -123,6 +130,8 @@ def test_float16_with_a_scaler(make: Variant, tmp_path: Path) -> None:
             loss = module.training_step(batch, index)
         scaler.scale(loss).backward()
         scaler.unscale_(by_hand)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(module.parameters(), clip)
         scaler.step(by_hand)
         scaler.update()
         schedule.step()
@@ -132,6 +141,15 @@ def test_float16_with_a_scaler(make: Variant, tmp_path: Path) -> None:
     assert {0 < state["step"].item() < 8 for state in optimizer.state.values()} == {True}
     optimizer.zero_grad()
     assert_unchanged(optimizer, snapshot(by_hand))
+
+
+@pytest.mark.parametrize("make", [Variant(torch.optim.AdamW, {"fused": True}), CHOSEN["Lion"]], ids=["AdamW", "Lion"])
+def test_clipping_in_mixed_precision_is_refused_by_lightning(make: Variant, tmp_path: Path) -> None:
+    # Also of torch's own optimizers that unscale in the step; docs/training.md says what to do.
+    module = Module(make)
+    module.configure_optimizers = lambda: make(module.parameters())  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        train(make, tmp_path, module=module, precision="bf16-mixed", gradient_clip_val=0.1)
 
 
 def test_steps_in_backward(tmp_path: Path) -> None:
