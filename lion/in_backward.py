@@ -10,6 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lion.optimizers import Lion
 from lion.plan import parameter_name
+from lion.sharding import is_sharded
 
 _owners = WeakTensorKeyDictionary()
 
@@ -52,7 +53,7 @@ class StepInBackward:
                     raise ValueError(f"Invalid optimizer: it holds {name} twice")
                 if p in _owners and _owners[p]() is not None:
                     raise ValueError(f"Invalid optimizer: {name} is stepped in backward already")
-                if processes > 1 and not _is_sharded(p):
+                if processes > 1 and not is_sharded(p):
                     raise ValueError(
                         f"Invalid optimizer: {name} is not sharded; each of the {processes} processes would step on "
                         "its own gradient"
@@ -102,10 +103,3 @@ class StepInBackward:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.remove()
-
-
-def _is_sharded(p: Tensor) -> bool:
-    # Importing it takes a second, which one process need not spend.
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(p, DTensor)
