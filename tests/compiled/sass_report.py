@@ -107,7 +107,7 @@ def main() -> None:
     print("\nAims for 9.0 were 36 instructions for the 8-bit update and 17 for the 32-bit one. The 8-bit update takes")
     print("32.0 (4-byte elements) and 34.2 (2-byte), the 32-bit one 15.0 and 17.1: the last misses by one")
     print("instruction in eight elements, a move between pairs of registers that the assembler adds. On a B200 the")
-    print("8-bit updates of 2-byte elements exceed the budget of 28 (block-wise 34.4, tensor-wise 30.0): there they")
+    print("8-bit updates of 2-byte elements exceed the budget of 28 (block-wise 34.2, tensor-wise 30.0): there they")
     print("are bound by instructions.")
 
 
