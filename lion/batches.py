@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, eq, is_, itemgetter
 from typing import Any
 
 import numpy as np
@@ -107,13 +107,13 @@ class Batch:
         plain = all(map(_is_contiguous, grads)) and not any(map(_is_neg, grads))
         self.gradients = grads if plain else [g.resolve_neg().contiguous() for g in grads]
         table[GRAD] = _addresses(self.gradients)
-        if not table[: STATE + 1, table[SIZE] > 0].all():
+        if not table[: STATE + 1].all(where=table[SIZE] > 0):
             raise StaleBatch
 
     def _params_fit(self, params: Sequence[Tensor]) -> bool:
         return (
             set(map(_dtype, params)) == {self.dtype}
-            and list(map(_shape, params)) == self._shapes
+            and all(map(eq, map(_shape, params), self._shapes))
             and all(map(_is_contiguous, params)) is self._contiguous
             and np.array_equal(_addresses(params), self._addresses)
         )
