@@ -81,8 +81,8 @@ class StepInBackward:
         group.clear()
         group.update({**self._optimizer.param_groups[number], **own})
         stepper.state.clear()
-        if p in states:
-            stepper.state[p] = states[p]
+        # Never without any state: a first step of zeros would make state only.
+        stepper.state[p] = states.get(p, {})
         stepper.step()
         states.update(stepper.state)
         p.grad = None
