@@ -143,6 +143,14 @@ def make_codes(size: int, seed: int) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
 
 
+def absmax_sweep(mantissas: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Return finite float32 of every exponent, each with the least, the greatest and random mantissas, sorted."""
+    chosen = np.random.default_rng(seed).integers(0, 1 << 23, mantissas, dtype=np.uint32)
+    chosen[:2] = 0, (1 << 23) - 1
+    exponents = np.arange(255, dtype=np.uint32) << np.uint32(23)
+    return (exponents[:, None] | np.sort(chosen)).reshape(-1).view(np.float32)
+
+
 def dtypes() -> st.SearchStrategy[str]:
     """Names of the parameter dtypes."""
     return st.sampled_from(tuple(FLOAT_DTYPES))

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from cuda_kernels import launch
 from tests import strategies
+from tests.compiled import building
+from tests.differential import conversions
 from tests.differential import cuda_cases as cases
 
 ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importable")
@@ -75,6 +77,21 @@ def test_update(
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_codes_at_thresholds(kind: str, maximum: np.float32) -> None:
     cases.check_codes_at_thresholds(MEMORY, kind, maximum)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)], ids=str)
+@pytest.mark.parametrize("dtype", conversions.FRACTION_BITS)
+def test_conversions(dtype: str, capability: building.Capability, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute capability 8.0 brought instructions that round to bfloat16, and two values at once."""
+    monkeypatch.setattr(executing, "CAPABILITY", capability)
+    patterns = conversions.boundary_patterns(dtype)
+    cases.check_rounding(MEMORY, dtype, patterns.view(np.float32), conversions.rounded(dtype, patterns))
+    cases.check_widening(MEMORY, dtype)
+    cases.check_rounding_of_parameters(MEMORY, dtype)
+
+
+def test_codes_come_back() -> None:
+    cases.check_codes_come_back(MEMORY, strategies.absmax_sweep(4))
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)

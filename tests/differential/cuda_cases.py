@@ -18,6 +18,7 @@ from cuda_kernels.quantization import lookup_table
 from cuda_kernels.table import table, work_list
 from tests import strategies
 from tests.comparing import assert_same_bits
+from tests.differential import conversions
 
 Array = npt.NDArray[Any]
 
@@ -162,23 +163,30 @@ def check_update(
         assert_same_bits(buffer.read(), values, what="table")
 
 
+def _tensor(param: Array, grad: Array, offset_bytes: int = 0, **states: Array) -> dict[str, tuple[Array, int]]:
+    """Return a tensor whose parts that no kernel is to read are empty."""
+    parts = {"param": param, "momentum": np.zeros(0, np.float32), "codes": np.zeros(0, np.uint8)}
+    parts |= {"absmax": np.zeros(0, np.float32), "new_absmax": np.zeros(1, np.float32)}
+    parts |= {"step": np.zeros(1, np.float32), "scale": np.ones(1, np.float32), **states}
+    return {"grad": (grad, offset_bytes), **{name: (array, 0) for name, array in parts.items()}}
+
+
 def check_codes_at_thresholds(memory: Memory, kind: str, maximum: np.float32) -> None:
-    """With beta2 = 0 the new momentum is the gradient; here it lies at and around every threshold times ``maximum``."""
-    order = reference.quantize_thresholds(QMAP).view(np.int32)
+    """Give the new momentum, with beta2 = 0 the gradient, the values at and around all thresholds and all buckets.
+
+    They are scaled by ``maximum``, the greatest magnitude of each block.
+    """
+    # The boundaries of the lookup table's buckets lie between those of the floats' upper 15 bits.
+    buckets = np.arange(0, 0x3F800000, 1 << 17, dtype=np.int32).view(np.float32)
+    order = np.concatenate([reference.quantize_thresholds(QMAP), buckets, -buckets]).view(np.int32)
     order = (order ^ ((order >> 31) & 0x7FFFFFFF))[:, None] + np.arange(-2, 3, dtype=np.int32)
     order = order.reshape(-1)
-    x = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32) * maximum
+    x = (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32)
+    x = x[np.abs(x) <= 1] * maximum
     x = np.pad(x, (0, -x.size % 255)).reshape(-1, 255)
     grad = np.concatenate([np.full((len(x), 1), maximum), x], axis=1).reshape(-1)
-    tensor = {
-        "param": (np.zeros_like(grad), 0),
-        "grad": (grad, 0),
-        "codes": (np.full(grad.size, 127, np.uint8), 0),
-        "absmax": (np.zeros(len(x) if kind == "update_8bit_blockwise" else 1, np.float32), 0),
-        "new_absmax": (np.zeros(1, np.float32), 0),
-        "step": (np.zeros(1, np.float32), 0),
-        "scale": (np.ones(1, np.float32), 0),
-    }
+    absmax = np.zeros(len(x) if kind == "update_8bit_blockwise" else 1, np.float32)
+    tensor = _tensor(np.zeros_like(grad), grad, codes=np.full(grad.size, 127, np.uint8), absmax=absmax)
     check_update(memory, kind, "float32", [tensor], (1e-4, (0.0, 0.0), 0.0), False)
 
 
@@ -350,3 +358,42 @@ def check_quantize_and_dequantize(
     with np.errstate(all="ignore"):
         expected = reference.dequantize_blockwise(expected_codes, expected_absmax, qmap, block_size)
         assert_same_bits(place.read(), expected.astype(values[0].dtype), what="dequantized")
+
+
+def check_widening(memory: Memory, dtype: str) -> None:
+    """Read all 65,536 values of a 16-bit dtype: with beta2 = 0 the new momentum is the gradient."""
+    grad = np.arange(1 << 16, dtype=np.uint16).view(strategies.FLOAT_DTYPES[dtype])
+    for offset in (0, 2):  # by eight, and one at a time
+        tensor = _tensor(np.zeros_like(grad), grad, offset, momentum=np.full(grad.size, -0.0, np.float32))
+        check_update(memory, "update_32bit", dtype, [tensor], (0.0, (0.0, 0.0), 0.0), False)
+
+
+def check_rounding(
+    memory: Memory, dtype: str, values: npt.NDArray[np.float32], expected: npt.NDArray[np.uint16]
+) -> None:
+    """Round float32 values to a 16-bit dtype: the code of 1, with each value as the absmax of a block of its own."""
+    codes, absmax = memory.put(np.full(values.size, 255, np.uint8)), memory.put(values)
+    entries, found = memory.put(QMAP), memory.put(np.zeros(values.size, np.uint16))
+    launch.dequantize_blockwise(
+        dtype, codes.address, absmax.address, found.address, values.size, entries.address, 1, 0, 0
+    )
+    conversions.assert_patterns(found.read(), expected, dtype)
+
+
+def check_rounding_of_parameters(memory: Memory, dtype: str) -> None:
+    """Halve every value, and take three quarters of it, in an update: all ties of denormals, and bits to round off."""
+    param = np.arange(1 << 16, dtype=np.uint16).view(strategies.FLOAT_DTYPES[dtype])
+    for weight_decay in (0.5, 0.25, 2.0**-9 + 2.0**-20):
+        tensor = _tensor(param, np.zeros_like(param), momentum=np.zeros(param.size, np.float32))
+        check_update(memory, "update_32bit", dtype, [tensor], (1.0, (0.9, 0.99), weight_decay), False)
+
+
+def check_codes_come_back(memory: Memory, absmax: npt.NDArray[np.float32]) -> None:
+    """Dequantize and quantize again all 256 codes with each of some absmax values."""
+    codes = np.tile(np.arange(256, dtype=np.uint8), absmax.size)
+    with np.errstate(all="ignore"):
+        values = reference.dequantize_blockwise(codes, absmax, QMAP, 256)
+    check_quantize_and_dequantize(memory, "float32", (values, 0), 256, QMAP)
+    tensor = _tensor(np.zeros_like(values), np.zeros_like(values), codes=codes, absmax=absmax)
+    # A beta2 just below 1 is 1 in float32: the update only dequantizes and quantizes.
+    check_update(memory, "update_8bit_blockwise", "float32", [tensor], (0.0, (0.0, 1 - 2.0**-53), 0.0), False)

@@ -1,47 +1,100 @@
-"""Every float32 there is, through the quantizer of the CPU kernels."""
+"""Every float32 there is, through the quantizers of the CPU kernels, and every code with absmax of every size."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import cpu_kernels
 import reference
+from cpu_kernels import avx512
+from tests import strategies
+from tests.comparing import assert_same_bits
+from tests.differential import every_float
 
-BLOCKS = 1 << 16
-COUNT = BLOCKS * 255
+QMAP = reference.create_dynamic_map()
+K = np.array(reference.coefficients(1e-4, (0.0, 0.0), 0.0), np.float32)
+ZERO_CODE = 127
+
+pytestmark = pytest.mark.exhaustive
 
 
-@pytest.mark.exhaustive
-def test_every_quotient_gets_the_nearest_code() -> None:
-    """With beta2 = 0 and absmax 1, the new momentum is the gradient and its own quotient."""
-    thresholds = reference.quantize_thresholds(reference.create_dynamic_map())
-    grad = np.ones((BLOCKS, 256), np.float32)
-    param, codes = np.zeros_like(grad), np.empty(grad.shape, np.uint8)
-    absmax = np.zeros(BLOCKS, np.float32)
-    k = np.array(reference.coefficients(1e-4, (0.0, 0.0), 0.0), np.float32)
-    places = [np.array([array.ctypes.data], np.int64) for array in (param, grad, codes, absmax)]
-    for sign in (0, 0x80000000):
-        for begin in range(0, 0x3F800001, COUNT):
-            magnitudes = np.minimum(np.arange(begin, begin + COUNT, dtype=np.uint32), 0x3F800000)
-            values = (magnitudes | np.uint32(sign)).view(np.float32)
-            grad[:, 1:] = values.reshape(BLOCKS, 255)
-            codes[:] = 127
-            absmax[:] = 0
-            cpu_kernels.update_8bit_blockwise(
-                "float32",
-                *places,
-                np.array([grad.size], np.int64),
-                np.zeros(1, np.int64),
-                np.ones(1, np.float32),
-                k,
-                2,
-            )
-            # Ascending values: the thresholds' places say it faster than a search per value.
-            ascending = values if sign == 0 else values[::-1]
-            places_of_thresholds = np.searchsorted(ascending, thresholds, side="right")
-            expected = np.zeros(COUNT + 1, np.int64)
-            np.add.at(expected, places_of_thresholds, 1)
-            expected = np.cumsum(expected[:-1]).astype(np.uint8)
-            actual = codes[:, 1:].reshape(-1)
-            np.testing.assert_array_equal(actual if sign == 0 else actual[::-1], expected)
+def update(
+    grad: npt.NDArray[np.float32],
+    codes: npt.NDArray[np.uint8] | None = None,
+    absmax: npt.NDArray[np.float32] | None = None,
+    k: npt.NDArray[np.float32] = K,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
+    """Return codes and absmax of blocks after a step; with beta2 = 0 the new momentum is the gradient."""
+    param = np.zeros_like(grad)
+    codes = np.full(grad.shape, ZERO_CODE, np.uint8) if codes is None else codes.copy()
+    absmax = np.zeros(len(grad), np.float32) if absmax is None else absmax.copy()
+    places = [np.array([array.ctypes.data]) for array in (param, grad, codes, absmax)]
+    sizes, steps, scales = np.array([grad.size]), np.zeros(1, np.int64), np.ones(1, np.float32)
+    cpu_kernels.update_8bit_blockwise("float32", *places, sizes, steps, scales, k, 2)
+    return codes, absmax
+
+
+def quantize(values: npt.NDArray[np.float32], block_size: int) -> tuple[Any, Any]:
+    """Return codes and absmax of blocks, by the kernel for any map."""
+    codes = np.empty(values.shape, np.uint8)
+    absmax = np.empty(values.size // block_size, np.float32)
+    places = values.ctypes.data, codes.ctypes.data, absmax.ctypes.data
+    cpu_kernels.quantize_blockwise("float32", *places, values.size, QMAP, block_size, 2)
+    return codes, absmax
+
+
+def test_every_finite_value_gets_the_nearest_code() -> None:
+    for blocks, maximum, expected in every_float.finite_blocks():
+        every_float.check_finite(*update(blocks), maximum, expected)
+        every_float.check_finite(*quantize(blocks, 256), maximum, expected)
+
+
+def test_every_pattern_that_is_not_finite_makes_its_block_nan() -> None:
+    for blocks in every_float.not_finite_blocks():
+        every_float.check_not_finite(*update(blocks))
+        every_float.check_not_finite(*quantize(blocks, 256))
+
+
+def test_every_pattern_as_a_block_of_its_own() -> None:
+    count = 1 << 24
+    for first in range(0, 1 << 32, count):
+        values = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32).view(np.float32)
+        codes, absmax = quantize(values, 1)
+        magnitude = np.abs(values)
+        with np.errstate(all="ignore"):
+            quotients = values * (np.float32(1) / magnitude)
+        kept = np.isfinite(values) & (magnitude >= np.float32(2.0**-126))
+        np.testing.assert_array_equal(codes, np.where(kept, np.where(quotients > 0, 255, 0), ZERO_CODE))
+        stored = np.where(kept, magnitude, np.where(np.isfinite(values), np.float32(0), np.float32(np.nan)))
+        assert_same_bits(absmax, stored)
+
+
+def test_all_codes_with_absmax_of_every_exponent() -> None:
+    """The update only dequantizes and quantizes where the gradient is 0 and beta2 so near to 1 that it is 1."""
+    k = np.array(reference.coefficients(0.0, (0.0, 1 - 2.0**-53), 0.0), np.float32)
+    assert k[4] == 1
+    for absmax in strategies.absmax_sweep(1024).reshape(255, -1):
+        codes = np.tile(np.arange(256, dtype=np.uint8), absmax.size)
+        values = reference.dequantize_blockwise(codes, absmax, QMAP, 256)
+        expected, expected_absmax = reference.quantize_blockwise(values, QMAP, 256)
+        for actual in (quantize(values, 256), update(np.zeros((absmax.size, 256), np.float32), codes, absmax, k)):
+            assert_same_bits(actual[0].reshape(-1), expected)
+            assert_same_bits(actual[1], expected_absmax)
+        if absmax[0] >= 2.0**-104:
+            assert_same_bits(expected, codes)
+            assert_same_bits(expected_absmax, absmax)
+
+
+@pytest.mark.skipif(not avx512.AVAILABLE, reason="the portable code is what the other tests ran")
+def test_the_portable_code_as_well() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "exhaustive", __file__]
+    command += ["-k", "finite"]
+    result = subprocess.run(command, env={**os.environ, "NUMBA_CPU_NAME": "x86-64-v3"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -302,6 +302,26 @@ def test_dequantize_every_code(dtype: str) -> None:
     assert_same_bits(values.array, expected)
 
 
+def test_codes_come_back() -> None:
+    """With absmax of every exponent the codes stay, until the smallest values are no longer normal numbers."""
+    absmax = strategies.absmax_sweep(8)
+    codes = np.tile(np.arange(256, dtype=np.uint8), absmax.size)
+    values = guarded((codes.size,), np.float32)
+    again, again_absmax = guarded((codes.size,), np.uint8), guarded((absmax.size,), np.float32)
+    places = codes.ctypes.data, absmax.ctypes.data, values.array.ctypes.data
+    cpu_kernels.dequantize_blockwise("float32", *places, codes.size, QMAP, 256, 1)
+    expected = reference.dequantize_blockwise(codes, absmax, QMAP, 256)
+    assert_same_bits(values.array, expected)
+    places = (values.array.ctypes.data, again.array.ctypes.data, again_absmax.array.ctypes.data)
+    cpu_kernels.quantize_blockwise("float32", *places, codes.size, QMAP, 256, 1)
+    expected_codes, expected_absmax = reference.quantize_blockwise(expected, QMAP, 256)
+    assert_same_bits(again.array, expected_codes)
+    assert_same_bits(again_absmax.array, expected_absmax)
+    kept = absmax >= 2.0**-104
+    assert_same_bits(again_absmax.array[kept], absmax[kept])
+    assert_same_bits(again.array.reshape(-1, 256)[kept], codes.reshape(-1, 256)[kept])
+
+
 def around(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return float32 values and their neighbours within two."""
     order = values.view(np.int32)

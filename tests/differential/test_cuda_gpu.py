@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cuda_kernels import launch
 from tests import strategies
+from tests.differential import conversions
 from tests.differential import cuda_cases as cases
 
 torch = pytest.importorskip("torch")
@@ -80,6 +81,26 @@ def test_large_update(kind: str, dtype: str) -> None:
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_codes_at_thresholds(kind: str, maximum: np.float32) -> None:
     cases.check_codes_at_thresholds(MEMORY, kind, maximum)
+
+
+@pytest.mark.parametrize("dtype", conversions.FRACTION_BITS)
+def test_conversions(dtype: str) -> None:
+    patterns = conversions.boundary_patterns(dtype)
+    cases.check_rounding(MEMORY, dtype, patterns.view(np.float32), conversions.rounded(dtype, patterns))
+    cases.check_widening(MEMORY, dtype)
+    cases.check_rounding_of_parameters(MEMORY, dtype)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", conversions.FRACTION_BITS)
+def test_rounding_of_every_float32(dtype: str) -> None:
+    for first in range(0, 1 << 32, 1 << 24):
+        patterns = np.arange(first, first + (1 << 24), dtype=np.uint64).astype(np.uint32)
+        cases.check_rounding(MEMORY, dtype, patterns.view(np.float32), conversions.rounded_range(dtype, first, 1 << 24))
+
+
+def test_codes_come_back() -> None:
+    cases.check_codes_come_back(MEMORY, strategies.absmax_sweep(4))
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
