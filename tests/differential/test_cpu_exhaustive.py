@@ -21,6 +21,7 @@ from tests.differential import every_float
 QMAP = reference.create_dynamic_map()
 K = np.array(reference.coefficients(1e-4, (0.0, 0.0), 0.0), np.float32)
 ZERO_CODE = 127
+SMALLEST_NORMAL = 0x00800000
 
 pytestmark = pytest.mark.exhaustive
 
@@ -65,15 +66,14 @@ def test_every_pattern_that_is_not_finite_makes_its_block_nan() -> None:
 def test_every_pattern_as_a_block_of_its_own() -> None:
     count = 1 << 24
     for first in range(0, 1 << 32, count):
-        values = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32).view(np.float32)
-        codes, absmax = quantize(values, 1)
-        magnitude = np.abs(values)
-        with np.errstate(all="ignore"):
-            quotients = values * (np.float32(1) / magnitude)
-        kept = np.isfinite(values) & (magnitude >= np.float32(2.0**-126))
-        np.testing.assert_array_equal(codes, np.where(kept, np.where(quotients > 0, 255, 0), ZERO_CODE))
-        stored = np.where(kept, magnitude, np.where(np.isfinite(values), np.float32(0), np.float32(np.nan)))
-        assert_same_bits(absmax, stored)
+        patterns = np.arange(first, first + count, dtype=np.uint64).astype(np.uint32)
+        codes, absmax = quantize(patterns.view(np.float32), 1)
+        magnitude = patterns & np.uint32(every_float.SIGN - 1)
+        finite = magnitude < every_float.INFINITY
+        magnitude[magnitude < SMALLEST_NORMAL] = 0
+        code_of_greatest = 255 if first < every_float.SIGN else 0
+        assert (codes == np.where(finite & (magnitude > 0), code_of_greatest, ZERO_CODE)).all()
+        assert np.where(finite, absmax.view(np.uint32) == magnitude, np.isnan(absmax)).all()
 
 
 def test_all_codes_with_absmax_of_every_exponent() -> None:
