@@ -16,6 +16,7 @@ from lion import backends, cuda_backend, options
 from lion.backends import StepCoefficients
 from lion.batches import Batch
 from lion.cuda_backend import CudaBackend
+from lion.loss_scale import LossScale
 from tests.comparing import to_numpy
 from tests.differential import training
 
@@ -34,23 +35,24 @@ class ExecutedBackend(CudaBackend):
         super().__init__(simulated=True)
         self.launches = 0
 
-    def update(self, batch: Batch, step: StepCoefficients) -> None:
+    def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         self.batch = batch
-        super().update(batch, step)
+        super().update(batch, step, loss_scale)
 
-    def execute(self, *arguments: int) -> None:
+    def execute(self, *arguments: int, scaled_loss: bool = False) -> None:
         """Launch a kernel that reaches the batch's tensors and scratch memory, and nothing else."""
         self.launches += 1
         memory = self.batch.device_memory
         states = [tensor for state in self.batch.states for tensor in state.values()]
-        writable = [*self.batch.operands, *states, memory.scales, memory.partials]
-        fixed = [*self.batch.gradients, *memory.works, memory.tables, cuda_backend._lookup(torch.device("cpu"))]
+        writable = [*self.batch.operands, *states, memory.scales, memory.partials, memory.squared_norms]
+        fixed = [*self.batch.gradients, *memory.works, memory.tables, memory._loss_scale]
+        fixed.append(cuda_backend._lookup(torch.device("cpu")))
         for tensor in writable:
             ptxrun.register(to_numpy(tensor).reshape(-1).view(np.uint8))
         for tensor in fixed:
             ptxrun.register(to_numpy(tensor).reshape(-1).view(np.uint8), writable=False)
         try:
-            executing.execute(*arguments)
+            executing.execute(*arguments, scaled_loss=scaled_loss)
         finally:
             ptxrun.unregister()
 

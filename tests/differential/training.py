@@ -46,6 +46,7 @@ class Recipe(NamedTuple):
     groups: list[tuple[dict[str, Any], list[Parameter]]]
     schedule: str
     lr_is_a_tensor: bool
+    loss_scale: float | None
     seed: int
 
 
@@ -68,7 +69,8 @@ def recipes(draw: st.DrawFn, cls: str, *, max_size: int = 1200, max_groups: int 
             for dtype in draw(st.permutations(list(strategies.FLOAT_DTYPES)))
         ]
         groups.append((options, members))
-    return Recipe(cls, groups, draw(st.sampled_from(list(SCHEDULES))), draw(st.booleans()), draw(strategies.seeds()))
+    schedule, loss_scale = draw(st.sampled_from(list(SCHEDULES))), draw(st.sampled_from([1024.0, None, 3.0]))
+    return Recipe(cls, groups, schedule, draw(st.booleans()), loss_scale, draw(strategies.seeds()))
 
 
 def as_tensor(memory: Guarded) -> Tensor:
@@ -120,6 +122,10 @@ class Training:
         for number, p in enumerate(self.params):
             p.grad = self._gradient(number, p)
         before = [None if p.grad is None else p.grad.clone() for p in self.params]
+        if self.recipe.loss_scale is not None:  # as torch.amp.GradScaler does it
+            infinite = float(np.random.default_rng([self.recipe.seed, self.taken]).random() < 0.05)
+            self.optimizer.grad_scale = torch.tensor([self.recipe.loss_scale], device=self.device)
+            self.optimizer.found_inf = torch.tensor([infinite], device=self.device)
         with lion.use_backend(self.backend):
             self.optimizer.step()
         self.schedule.step()
