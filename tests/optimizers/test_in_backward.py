@@ -130,6 +130,18 @@ def test_options_schedules_and_overrides_are_read_at_every_step(make: Any) -> No
         both(make, before=before)
 
 
+def test_states_and_options_that_are_taken_away() -> None:
+    def before(step: int, model: Model, optimizer: lion.Lion) -> None:
+        if step == 3:
+            optimizer.state.clear()
+
+    (_, optimizer), (model, other) = both(VARIANTS["Lion8bit"], 6, before=before)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+    del other.param_groups[0]["is_paged"]
+    with pytest.raises(ValueError, match="'is_paged' is missing"):
+        model(batch(0)).backward()
+
+
 @every_kind
 def test_loading_while_attached(make: Any) -> None:
     saved = {}
@@ -230,6 +242,18 @@ def test_what_is_added_or_unfrozen_later_is_left_to_step() -> None:
     assert late.grad is not None and model.frozen.grad is not None and model.tied.grad is None
     optimizer.step()
     assert [optimizer.state[p]["step"] for p in (late, model.frozen, model.tied)] == [1, 1, 1]
+
+
+def test_a_tensor_that_is_no_leaf_is_left_to_step() -> None:
+    leaf = nn.Parameter(torch.ones(10))
+    product = 2 * leaf
+    product.retain_grad()
+    optimizer = lion.Lion([leaf, product])
+    lion.StepInBackward(optimizer)
+    product.square().sum().backward()
+    assert product.grad is not None and leaf.grad is None
+    optimizer.step()
+    assert optimizer.state[product]["step"] == optimizer.state[leaf]["step"] == 1
 
 
 def test_a_gradient_that_was_there_before_counts() -> None:
