@@ -17,6 +17,7 @@ from tests.integration.support import CHOSEN, OPTIONS, make_data, make_model
 from tests.optimizers.support import Variant, assert_unchanged, snapshot
 
 accelerate = pytest.importorskip("accelerate")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 some_classes = pytest.mark.parametrize("make", CHOSEN.values(), ids=CHOSEN.keys())
 

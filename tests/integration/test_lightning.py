@@ -15,6 +15,7 @@ from tests.integration.support import CHOSEN, OPTIONS, make_data, make_model
 from tests.optimizers.support import Variant, assert_unchanged, snapshot
 
 lightning = pytest.importorskip("lightning.pytorch")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 some_classes = pytest.mark.parametrize("make", CHOSEN.values(), ids=CHOSEN.keys())
 

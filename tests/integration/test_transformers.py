@@ -17,6 +17,7 @@ from tests.optimizers.support import VARIANTS, Variant, assert_unchanged, snapsh
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIONS = {"percentile_clipping": 50}
 CHOSEN = {name: VARIANTS[name] for name in ("Lion", "Lion8bit", "PagedLion8bit-tensorwise")}

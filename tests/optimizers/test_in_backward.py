@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,9 @@ import lion
 from tests.comparing import assert_same_bits
 from tests.optimizers.support import DTYPES, KINDS, VARIANTS, assert_unchanged, every_kind, every_variant, snapshot
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.98), "weight_decay": 0.1, "percentile_clipping": 50}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Let torch compute in one thread: several wait for one another by spinning, for seconds beside other tests."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Model(nn.Module):

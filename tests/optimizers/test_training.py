@@ -15,6 +15,8 @@ import lion
 from tests.comparing import assert_same_bits
 from tests.optimizers.support import ByHand, Variant, assert_unchanged, every_kind, snapshot
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = {"lr": 1e-2, "weight_decay": 0.1, "percentile_clipping": 50}
 
 
