@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 
 from tests.comparing import assert_same_bits
 
@@ -43,7 +44,7 @@ def loss_of(model: nn.Module, step: int, rank: int = 0, size: int = 1) -> Tensor
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, accumulate: int = 1) -> None:
     """Take steps, each on this rank's part of the batches of ``accumulate`` consecutive numbers."""
-    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, FullyShardedDataParallel))
+    wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, FullyShardedDataParallel, FSDPModule))
     rank, size = (dist.get_rank(), dist.get_world_size()) if wrapped else (0, 1)
     for step in steps:
         for i in range(accumulate):
@@ -67,3 +68,27 @@ def assert_same_state(state: Mapping[str, Any], expected: Mapping[str, Any], wha
     assert state.keys() == expected.keys(), what
     for key in state:
         assert_same_bits(state[key], expected[key], what=f"{what} {key}")
+
+
+class Net(nn.Module):
+    """Layers whose parameters are cut unevenly, or are empty on some processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(80, 67), nn.GELU(), nn.Linear(67, 3), nn.GELU(), nn.Linear(3, 1700))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs)
+
+
+def data_mesh(shape: tuple[int, ...]) -> DeviceMesh:
+    """Return a mesh that FSDP2 shards over, and replicates over if it has two dimensions."""
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+def shard_layers(model: Net, mesh: DeviceMesh, **policy: Any) -> Net:
+    """Return the model after FSDP2 has sharded each of its layers, and the rest."""
+    for layer in model.layers[::2]:
+        fully_shard(layer, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)

@@ -107,13 +107,18 @@ class ByHand:
         )
 
     def step(
-        self, grad: Tensor, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+        self,
+        grad: Tensor,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        squared_norm: np.float32 | None = None,
     ) -> None:
-        """Take a step."""
+        """Take a step; ``squared_norm`` is that of the whole gradient where ``grad`` is a part of it."""
         g, k, scale = to_numpy(grad), reference.coefficients(lr, betas, weight_decay), np.float32(1)
         self.steps += 1
         if self.percentile < 100:
-            norm = reference.squared_norm(g)
+            norm = reference.squared_norm(g) if squared_norm is None else squared_norm
             self.history, _, _, scale = reference.percentile_clipping(self.history, norm, self.steps, self.percentile)
         if self.kind == "32bit":
             self.param, self.momentum = reference.update_32bit(self.param, g, self.momentum, k, scale)
