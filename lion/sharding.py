@@ -1,10 +1,10 @@
 """Parameters that are DTensors: their local shards, their state, and what their shards need to know of each other.
 
 The kernels work on the shard of this process. What they keep for every element is a DTensor like the parameter. What
-they keep for every block or shard (``absmax1``, ``max1``, ``new_max1``) is a DTensor with a leading dimension for each
-dimension of the mesh that the parameter is sharded over, so that each process holds one row; rows are as long as the
-largest shard needs. So every process's part of a checkpoint is told apart, and what was saved on one mesh does not
-pass for the state of another.
+they keep for every block or shard (``absmax1``, ``max1``, ``new_max1``) is a DTensor of rows, one for each shard, as
+long as the largest shard needs. It has the parameter's placements, and a leading dimension for each of the parameter's,
+with the number of shards along it. So every process's part of a checkpoint is told apart, and what was saved of other
+shards does not pass for the state of these.
 """
 
 from __future__ import annotations
@@ -62,18 +62,17 @@ def wrapped(state: Mapping[str, Tensor], like: DTensor) -> dict[str, Tensor]:
         state: The shard's state.
         like: The parameter, or its momentum.
     """
-    from torch.distributed.tensor import Replicate, Shard
-
-    mesh, dimensions = like.device_mesh, mesh_dimensions(like)
-    row_placements = [Shard(dimensions.index(i)) if i in dimensions else Replicate() for i in range(mesh.ndim)]
-    new = dict(state)
-    new["state1"] = _dtensor(state["state1"], mesh, like.placements, like.shape)
+    mesh, placements, new = like.device_mesh, like.placements, dict(state)
+    new["state1"] = _dtensor(state["state1"], mesh, placements, like.shape)
+    grid = [1] * like.ndim
+    for i in mesh_dimensions(like):
+        placement: Any = placements[i]
+        grid[placement.dim] *= mesh.size(i)
     for key in _PER_SHARD:
         if key in state:
             length = _row_length(key, like)
-            row = _lengthened(state[key], length).view([1] * len(dimensions) + [length])
-            shape = torch.Size([*(mesh.size(i) for i in dimensions), length])
-            new[key] = _dtensor(row, mesh, tuple(row_placements), shape)
+            row = _lengthened(state[key], length).view([1] * like.ndim + [length])
+            new[key] = _dtensor(row, mesh, placements, torch.Size([*grid, length]))
     return new
 
 
@@ -99,7 +98,7 @@ def unwrapped(state: Mapping[str, Any], like: DTensor, name: str) -> dict[str, A
         if key in state:
             row = local(state[key])
             length = _row_length(key, like)
-            if tuple(row.shape) != (*[1] * len(mesh_dimensions(like)), length):
+            if tuple(row.shape) != (*[1] * like.ndim, length):
                 raise ValueError(
                     f"Invalid state of {name}: this process's part of {key!r} has shape {tuple(row.shape)}, as if "
                     "saved on another mesh; 8-bit state moves between meshes as float32 (lion.exchange.to_exp_avg)"

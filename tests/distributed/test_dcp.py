@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import reference
 from lion import Lion, exchange, sharding, state
@@ -175,6 +175,29 @@ def refuses_other_shards(folder: Path) -> None:
 def test_8_bits_of_other_shards_are_refused(forking, tmp_path):
     run(forking, 2, save, tmp_path, (2,), list(EIGHT_BITS), {})
     run(forking, 3, refuses_other_shards, tmp_path)
+
+
+def cut(dimension: int) -> tuple[nn.Module, Lion]:
+    """Return a square matrix that is cut along a dimension, and its optimizer."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64, bias=False)
+    mesh = data_mesh((dist.get_world_size(),))
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(dimension)]))
+    return model, optimizer_of(VARIANTS["Lion8bit"], model)
+
+
+def saved_by_rows_and_loaded_by_columns(folder: Path) -> None:
+    """Both have as many shards with as many blocks."""
+    model, optimizer = cut(0)
+    train(model, optimizer, range(3))
+    dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=folder)
+    model, optimizer = cut(1)
+    with pytest.raises(CheckpointException, match="Size mismatch"):
+        dcp.load(get_optimizer_state_dict(model, optimizer), checkpoint_id=folder)
+
+
+def test_8_bits_of_shards_along_another_dimension_are_refused(forking, tmp_path):
+    run(forking, 2, saved_by_rows_and_loaded_by_columns, tmp_path)
 
 
 def export(folder: Path, name: str) -> list[dict[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lion
 import reference
@@ -89,7 +90,7 @@ class Shards:
         own = reference.squared_norm(to_numpy(p.grad.to_local())) if p.grad is not None else 0.0
         sums = torch.tensor([own], dtype=torch.float64)
         for i, placement in enumerate(p.placements):
-            if placement.is_shard():
+            if not placement.is_replicate():
                 dist.all_reduce(sums, group=p.device_mesh.get_group(i))
         with np.errstate(over="ignore"):
             return np.float32(sums.numpy()[0])
@@ -120,10 +121,13 @@ def assert_same_layout(state: dict[str, Any], p: DTensor, what: str) -> None:
     momentum = state["state1"]
     assert (momentum.shape, momentum.placements, momentum.device_mesh) == (p.shape, p.placements, p.device_mesh), what
     assert momentum.stride() == torch.empty(p.shape, device="meta").stride(), what
+    grid = [1] * p.ndim
+    for i, placement in enumerate(p.placements):
+        if not placement.is_replicate():
+            grid[placement.dim] *= p.device_mesh.size(i)
     for key in ("absmax1", "max1", "new_max1"):
         if key in state:
-            shards = [p.device_mesh.size(i) for i, placement in enumerate(p.placements) if placement.is_shard()]
-            assert list(state[key].shape[:-1]) == shards, what
+            assert (list(state[key].shape[:-1]), state[key].placements) == (grid, p.placements), what
     for key in ("step", "gnorm_vec", "qmap1"):
         assert not isinstance(state.get(key), DTensor), what
 
@@ -145,6 +149,7 @@ MESHES: dict[str, tuple[tuple[int, ...], tuple[Placement, ...]]] = {
     "columns": ((3,), (Shard(1),)),
     "replicated": ((2,), (Replicate(),)),
     "hybrid": ((2, 2), (Replicate(), Shard(0))),
+    "rows_twice": ((2, 2), (Shard(0), Shard(0))),
     "both_dimensions": ((2, 2), (Shard(0), Shard(1))),
 }
 
@@ -239,6 +244,26 @@ def training_equals_the_reference(policy: str, mesh_shape: tuple[int, ...], perc
 )
 def test_training_equals_the_reference(forking, policy, mesh_shape, percentile):
     run(forking, int(np.prod(mesh_shape)), training_equals_the_reference, policy, mesh_shape, percentile)
+
+
+def tensor_parallel_too() -> None:
+    """Rows are cut over one dimension of the mesh by tensor parallelism, and those shards over the other by FSDP2."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for name, make in VARIANTS.items():
+        model = parallelize_module(
+            Net(), mesh["tensor"], {"layers.0": ColwiseParallel(), "layers.2": RowwiseParallel()}
+        )
+        fully_shard(model, mesh=mesh["data"])
+        shards = Shards(make, list(model.parameters()), lr=1e-2, percentile_clipping=50)
+        for step in range(3):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p) * 4.0**step
+                sharding.local(p.grad).mul_(1.0 + dist.get_rank())
+            shards.step(f"{name}, step {step}")
+
+
+def test_tensor_parallelism_too(forking):
+    run(forking, 4, tensor_parallel_too)
 
 
 def equals_one_process(mesh_shape: tuple[int, ...]) -> None:
