@@ -86,6 +86,10 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
         local_state = sharding.unwrapped(state, p, name)
         new = adapted(local_state, sharding.local(p), form, name)
         return state if new is local_state else sharding.wrapped(new, p)
+    step = state.get("step")
+    if isinstance(step, Tensor) and step.device != p.device:
+        # There torch's ZeroRedundancyOptimizer puts it when it loads.
+        state = {**state, "step": step.to(p.device)}
     check(state, p, name)
     old = kind_in(state)
     if old is form.kind and form.clipped == ("gnorm_vec" in state):

@@ -13,7 +13,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import lion
-from lion import paging
+from lion import paging, state
+from lion.options import Form, Kind
 from tests.comparing import assert_same_bits
 from tests.distributed.processes import run
 from tests.distributed.support import OPTIONS, assert_same_state, make_model, train
@@ -119,14 +120,20 @@ def resumes(saved: dict[str, Any], steps: int, bucket_view: bool) -> None:
         train(model, sharded, range(steps, steps + 3))
         assert_equal(model, sharded, uninterrupted, whole, f"{name}, sharded")
         assert_equal(model, sharded, alone, plain, f"{name}, plain")
-        for p, state in sharded.optim.state.items():
-            assert paging.is_paged(state["state1"]) == ("Paged" in name and p.numel() > 100_000)
+        for p, own in sharded.optim.state.items():
+            assert paging.is_paged(own["state1"]) == ("Paged" in name and p.numel() > 100_000)
 
 
 @pytest.mark.parametrize(("before", "after", "bucket_view"), [(2, 4, False), (4, 1, True), (1, 2, True)])
 def test_resuming_on_another_number_of_processes(forking, before, after, bucket_view):
     saved = run(forking, before, saved_after, 3)
     run(forking, after, resumes, saved[-1], 3, bucket_view)
+
+
+def test_a_step_that_loading_left_on_the_cpu_moves_to_the_parameter():
+    p, form = torch.empty(5, device="meta"), Form(Kind.FLOAT32, clipped=False, paged=False)
+    loaded = {**state.create(p, form), "step": torch.tensor(3.0)}
+    assert state.adapted(loaded, p, form, "p")["step"].device == p.device
 
 
 def overlap_is_refused() -> None:
