@@ -12,7 +12,8 @@ provides, in device memory:
   (``scales``), written by :func:`percentile_clipping` and read by the updates.
 
 ``device`` is the index of the device, which must be the calling thread's current one; ``stream`` is the raw handle of
-a CUDA stream, 0 for the default stream. After the first call with a dtype a call may be captured in a CUDA graph.
+a CUDA stream, 0 for the default stream. A call may be captured in a CUDA graph after a first one of its kind: with its
+dtype, and with or without a scaled loss.
 Under Numba's simulator the addresses are those of ordinary memory.
 """
 

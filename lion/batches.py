@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter, eq, is_, itemgetter
 from typing import Any
 
@@ -45,6 +45,7 @@ class Batch:
         operands: The parameters' memory during a step, contiguous.
         gradients: The gradients' memory during a step, contiguous.
         squared_norms: The gradients' squared norms, float32 of shape (n,), where shards had to be summed up for them.
+        places: Where these stand among those that are summed, as indices on the device.
         device_memory: What the CUDA backend keeps.
     """
 
@@ -82,21 +83,23 @@ class Batch:
         self.operands: Sequence[Tensor] = ()
         self.gradients: Sequence[Tensor] = ()
         self.squared_norms: Tensor | None = None
+        self.places: Tensor | None = None
         self.device_memory: Any = None
 
     def _local(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [sharding.local(tensor) for tensor in tensors] if self.sharded else tensors
 
-    def refresh(self) -> None:
+    def refresh(self, shards: Mapping[Tensor, Tensor]) -> None:
         """Take this step's gradients, and contiguous copies of the tensors that need one.
+
+        Args:
+            shards: This process's shards of the gradients of DTensors.
 
         Raises:
             StaleBatch: If a tensor changed its dtype, shape or place since the batch was made.
         """
         params = self._local(self.params)
-        grads: Any = [p.grad for p in self.params]
-        if self.sharded:
-            grads = list(map(sharding.local_gradient, self.params))  # type: ignore[arg-type]
+        grads: Any = [shards[p] if self.sharded else p.grad for p in self.params]
         if not (self._params_fit(params) and self._states_fit() and self._fit(grads)):
             raise StaleBatch
         table = self.table

@@ -44,7 +44,7 @@ class CudaBackend:
                 "The backend 'cuda' serves CPU tensors where NUMBA_ENABLE_CUDASIM=1 is in the environment, "
                 "and CUDA tensors where it is not"
             )
-        self._captured: set[_Memory] = set()
+        self._captured: set[Batch] = set()
 
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         memory = _memory_of(batch, summed=False)
@@ -54,12 +54,13 @@ class CudaBackend:
                 paging.prefetch(memory.paged)
             else:
                 # A replayed graph reads this memory for as long as the process may live.
-                self._captured.add(memory)
-            memory.refresh(batch, step, loss_scale)
+                self._captured.add(batch)
             if batch.squared_norms is not None:
                 memory.squared_norms.copy_(batch.squared_norms)
-            elif batch.percentile < 100:
-                launch.partial_norms(dtype, *memory.norm_arguments, *place)
+            else:
+                memory.refresh(batch, step, loss_scale)
+                if batch.percentile < 100:
+                    launch.partial_norms(dtype, *memory.norm_arguments, *place)
             if batch.percentile < 100:
                 launch.percentile_clipping(*memory.clip_arguments, *place)
             if batch.kind is Kind.FLOAT32:

@@ -89,11 +89,14 @@ def to_exp_avg(
         dtype.
 
     Raises:
-        ValueError: If ``param_groups`` do not hold the same numbers of parameters, or ``keep`` names something else.
+        ValueError: If a state is none of one of these optimizers, ``param_groups`` do not hold
+            the same numbers of parameters, or ``keep`` names something else.
     """
     check_parts(state_dict)
     if not set(keep) <= {"step", "gnorm_vec"}:
         raise ValueError(f"Invalid keep: {keep!r}; 'step' and 'gnorm_vec' are allowed")
+    for key, own in state_dict["state"].items():
+        _check(key, own)
     # torch's loader would share a tensor that needs no cast.
     states = {
         key: {
@@ -128,11 +131,12 @@ def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
         A state dict for bitsandbytes; its tensors are the optimizer's own, except converted ones.
 
     Raises:
-        ValueError: If the states are those of DTensors.
+        ValueError: If a state is none of one of these optimizers, or that of a DTensor.
     """
     check_parts(state_dict)
     states = {}
     for key, own in state_dict["state"].items():
+        _check(key, own)
         if sharding.is_sharded(own["state1"]):
             raise ValueError(f"Invalid state of parameter {key!r}: a DTensor; bitsandbytes' optimizers have none")
         new = dict(own, step=int(own["step"]))
@@ -142,3 +146,12 @@ def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
         states[key] = new
     groups = [{"eps": 0.0, **group, "lr": float(group["lr"])} for group in state_dict["param_groups"]]
     return {"state": states, "param_groups": groups}
+
+
+def _check(key: object, own: Any) -> None:
+    """Raise unless a state is that of one of these optimizers."""
+    name = f"parameter {key!r}"
+    if not isinstance(own, Mapping) or not isinstance(own.get("state1"), Tensor):
+        raise ValueError(f"Invalid state of {name}: a dict with a tensor 'state1' is needed")
+    if not sharding.is_sharded(own["state1"]):
+        state.check_contents(own, own["state1"], name)

@@ -59,6 +59,8 @@ class StepInBackward:
                         "its own gradient"
                     )
                 stepper = Lion([p])
+                # A first step of zeros counts: other parameters may have gradients.
+                stepper._stepped = True
                 names = group.get("param_names")
                 stepper.param_groups[0]["param_names"] = [names[index] if names else f"{index} of group {number}"]
                 self._steppers[p] = stepper, number
@@ -81,8 +83,8 @@ class StepInBackward:
         group.clear()
         group.update({**self._optimizer.param_groups[number], **own})
         stepper.state.clear()
-        # Never without any state: a first step of zeros would make state only.
-        stepper.state[p] = states.get(p, {})
+        if p in states:
+            stepper.state[p] = states[p]
         stepper.step()
         states.update(stepper.state)
         p.grad = None

@@ -46,9 +46,11 @@ class LossScale(NamedTuple):
 def _scalar(name: str, value: Any) -> Tensor | None:
     if value is None:
         return None
-    if not isinstance(value, (int, float, Tensor)):
+    if isinstance(value, (int, float, np.number)):
+        value = torch.tensor(float(value), device="cpu")
+    if not isinstance(value, Tensor):
         raise TypeError(f"Invalid {name}: {value!r}; a number or a tensor of one element is allowed")
-    tensor = torch.as_tensor(value, dtype=torch.float32)
+    tensor = value.to(torch.float32)
     if tensor.numel() != 1:
         raise ValueError(f"Invalid {name}: a tensor of shape {tuple(tensor.shape)}; one element is allowed")
     return tensor.detach().reshape(())

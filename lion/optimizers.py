@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lion import backends, checkpoints, paging
+from lion import backends, checkpoints, paging, sharding
 from lion.backends import StepCoefficients
 from lion.batches import Batch, StaleBatch
 from lion.loss_scale import LossScale
@@ -58,6 +58,7 @@ class Lion(Optimizer):
     """
 
     _plan: Plan | None = None
+    _stepped = False
     _in_backward: object = None
     # torch.amp.GradScaler leaves the unscaling of the gradients to the step.
     _step_supports_amp_scaling = True
@@ -109,6 +110,12 @@ class Lion(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._leave_unscaling_to_fsdp1()
+
+    def _leave_unscaling_to_fsdp1(self) -> None:
+        # Its ShardedGradScaler tells all processes of an infinity only where it unscales itself.
+        if any(getattr(p, "_fsdp_flattened", False) for group in self.param_groups for p in group["params"]):
+            self._step_supports_amp_scaling = False
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -135,12 +142,18 @@ class Lion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         loss_scale = LossScale.of(self)
-        if loss_scale.found_inf is not None and loss_scale.found_inf.device.type == "cpu" and loss_scale.skips():
+        on_host = loss_scale.found_inf is not None and loss_scale.found_inf.device.type == "cpu"
+        skips = on_host and loss_scale.skips()
+        if skips and not any(sharding.is_sharded(p) for group in self.param_groups for p in group["params"]):
             return loss
-        first = not self.state
+        first = not self._stepped
         plan, batches = self._prepared()
+        # Whether a process has gradients must not decide what it does next to others.
+        self._stepped = self._stepped or bool(batches or plan.meshes)
         try:
             plan.sum_norms(batches, loss_scale)
+            if skips:
+                return loss
             # torch.distributed.checkpoint makes state by such a step; what follows shall not notice.
             if first and plan.changes_nothing(batches):
                 return loss
@@ -183,6 +196,8 @@ class Lion(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self._stepped = bool(self.state)
+        self._leave_unscaling_to_fsdp1()
         # A copy of paged state is ordinary memory.
         overrides = GlobalOptimManager.get_instance().lookup()
         for group in self.param_groups:
@@ -203,16 +218,18 @@ class Lion(Optimizer):
             for group, some in zip(groups, members, strict=True)
         ]
         signature = (manager.version, paging.forks(), options)
+        # Before anything that one process may do and another not: it may have to gather.
+        shards = sharding.local_gradients(params)
         if self._plan is not None and self._plan.fits(params, self.state, signature):
             try:
-                return self._plan, self._plan.refreshed()
+                return self._plan, self._plan.refreshed(shards)
             # A tensor without memory raises RuntimeError, a state without a key KeyError; a new plan says it better.
             except (StaleBatch, RuntimeError, KeyError):
                 pass
         self._plan = None
         plan = Plan(groups, self.state, manager.lookup(), signature)
         try:
-            prepared = plan.refreshed()
+            prepared = plan.refreshed(shards)
         except StaleBatch:
             raise TypeError("Invalid gradient or parameter: its memory cannot be addressed") from None
         self._plan = plan

@@ -57,10 +57,9 @@ class Plan:
         self._params: list[Tensor] = []
         # Parameters whose norms have to be summed over their shards, whether they have a gradient here or not.
         self._norms: dict[_Shards, dict[Tensor, int]] = {}
-        self._indices: dict[Batch, Tensor] = {}
         self._groups = groups
         sharded = [p for group in groups for p in group["params"] if sharding.is_sharded(p)]
-        self._meshes = {p.device_mesh: None for p in sharded}
+        self.meshes = {p.device_mesh: None for p in sharded}
         members: list[tuple[Tensor, str, int, Mapping[str, Any]]] = []
         for number, group in enumerate(groups):
             check_group(group)
@@ -125,8 +124,11 @@ class Plan:
             and all(map(is_, states.values(), self._all_states))
         )
 
-    def refreshed(self) -> list[tuple[Batch, StepCoefficients]]:
+    def refreshed(self, shards: Mapping[Tensor, Tensor]) -> list[tuple[Batch, StepCoefficients]]:
         """Return the batches with this step's gradients and coefficients.
+
+        Args:
+            shards: This process's shards of the gradients of DTensors.
 
         Raises:
             StaleBatch: If a tensor changed its dtype, size or place.
@@ -134,7 +136,7 @@ class Plan:
         """
         prepared = [(batch, _coefficients(group, override, batch.device)) for batch, group, override in self._batches]
         for batch, _ in prepared:
-            batch.refresh()
+            batch.refresh(shards)
         return prepared
 
     def sum_norms(self, prepared: Sequence[tuple[Batch, StepCoefficients]], loss_scale: LossScale) -> None:
@@ -159,9 +161,9 @@ class Plan:
 
     def _places(self, batch: Batch, places: Mapping[Tensor, int]) -> Tensor:
         """Return where the norms of a batch are, as indices on its device, made once: making them waits for it."""
-        if batch not in self._indices:
-            self._indices[batch] = torch.tensor([places[p] for p in batch.params], device=batch.device)
-        return self._indices[batch]
+        if batch.places is None:
+            batch.places = torch.tensor([places[p] for p in batch.params], device=batch.device)
+        return batch.places
 
     def changes_nothing(self, prepared: Sequence[tuple[Batch, StepCoefficients]]) -> bool:
         """Return whether all learning rates and all gradients are zero, on every process.
@@ -171,13 +173,13 @@ class Plan:
         rates = [group["lr"] for group in self._groups]
         if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates) or any(map(bool, rates)):
             return False
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if any(batch.device.type == "cuda" for batch, _ in prepared) and torch.cuda.is_current_stream_capturing():
             return False
         changes = any(
             step.device_lr is not None or step.values.lr != 0 or any(map(Tensor.any, batch.gradients))
             for batch, step in prepared
         )
-        for mesh in self._meshes:
+        for mesh in self.meshes:
             flag = torch.tensor([changes], dtype=torch.float64, device="cpu")
             changes = bool(sharding.sum_over_shards(flag, mesh, range(mesh.ndim)))
         return not changes

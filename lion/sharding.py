@@ -39,13 +39,25 @@ def local(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
-        return tensor.to_local()
+        shard = tensor.to_local()
+    # It may be on its way still, as an AsyncCollectiveTensor.
+    return shard.wait() if hasattr(shard, "wait") else shard
 
 
-def local_gradient(p: DTensor) -> Tensor:
-    """Return this process's shard of a parameter's gradient, which may have to be gathered or summed for it."""
+def local_gradients(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Return this process's shards of the gradients of those parameters that are DTensors.
+
+    A gradient that is laid out otherwise than its parameter is gathered or summed for it, so every process has to call
+    this with the same parameters.
+    """
+    if "torch.distributed.tensor" not in sys.modules:
+        return {}
+    return {p: _local_gradient(p) for p in params if is_sharded(p)}
+
+
+def _local_gradient(p: DTensor) -> Tensor:
     grad: Any = p.grad
-    if grad.placements != p.placements or grad.device_mesh != p.device_mesh:
+    if is_sharded(grad) and (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh):
         grad = grad.redistribute(p.device_mesh, p.placements)
     return local(grad)
 
@@ -55,15 +67,16 @@ def mesh_dimensions(tensor: DTensor) -> tuple[int, ...]:
     return tuple(i for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
 
 
-def wrapped(state: Mapping[str, Tensor], like: DTensor) -> dict[str, Tensor]:
+def wrapped(state: Mapping[str, Tensor], like: DTensor) -> dict[str, Any]:
     """Return the state of a shard as that of the whole parameter.
 
     Args:
         state: The shard's state.
         like: The parameter, or its momentum.
     """
-    mesh, placements, new = like.device_mesh, like.placements, dict(state)
-    new["state1"] = _dtensor(state["state1"], mesh, placements, like.shape)
+    mesh, placements, new = like.device_mesh, like.placements, dict[str, Any](state)
+    if "state1" in state:
+        new["state1"] = _dtensor(state["state1"], mesh, placements, like.shape)
     grid = [1] * like.ndim
     for i in mesh_dimensions(like):
         placement: Any = placements[i]
@@ -91,20 +104,20 @@ def unwrapped(state: Mapping[str, Any], like: DTensor, name: str) -> dict[str, A
     if (momentum.device_mesh, momentum.placements) != (like.device_mesh, like.placements):
         raise ValueError(
             f"Invalid state of {name}: 'state1' is laid out as {momentum.placements} on {momentum.device_mesh}; "
-            f"{like.placements} on {like.device_mesh} is needed"
+            f"{like.placements} on {like.device_mesh} is needed, which torch.distributed.checkpoint brings it to"
         )
     new["state1"] = local(momentum)
-    for key in _PER_SHARD:
-        if key in state:
-            row = local(state[key])
-            length = _row_length(key, like)
-            if tuple(row.shape) != (*[1] * like.ndim, length):
-                raise ValueError(
-                    f"Invalid state of {name}: this process's part of {key!r} has shape {tuple(row.shape)}, as if "
-                    "saved on another mesh; 8-bit state moves between meshes as float32 (lion.exchange.to_exp_avg)"
-                )
-            blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 1
-            new[key] = row.view(-1)[:blocks]
+    needed = wrapped({key: new["state1"].new_empty(0) for key in state if key in _PER_SHARD}, like)
+    for key, row in needed.items():
+        found: Any = state[key]
+        if (found.shape, found.placements, local(found).shape) != (row.shape, row.placements, local(row).shape):
+            raise ValueError(
+                f"Invalid state of {name}: {key!r} has shape {tuple(found.shape)}, {tuple(local(found).shape)} of it "
+                f"here; {tuple(row.shape)} and {tuple(local(row).shape)} are needed: it was saved in another layout, "
+                "between which 8-bit state moves as float32 (lion.exchange.to_exp_avg)"
+            )
+        blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 1
+        new[key] = local(found).view(-1)[:blocks]
     return new
 
 
@@ -125,7 +138,7 @@ def sum_over_shards(values: Tensor, mesh: DeviceMesh, dimensions: Iterable[int])
         mesh: The mesh of the parameters.
         dimensions: The dimensions of the mesh that they are sharded over.
     """
-    sums = values.to(mesh.device_type)
+    sums = values if values.device.type == mesh.device_type else values.to(mesh.device_type)
     for dimension in dimensions:
         torch.distributed.all_reduce(sums, group=mesh.get_group(dimension))
     return sums.to(values.device)

@@ -12,7 +12,8 @@ The state of a parameter has bitsandbytes' keys:
 ``gnorm_vec``      with percentile clipping: the last 100 squared gradient norms, float32
 =================  ==================================================================================
 
-Of a paged state ``state1`` and ``absmax1`` lie in memory made by :mod:`lion.paging`.
+Of a parameter that is a DTensor, ``state1``, ``absmax1``, ``max1`` and ``new_max1`` are DTensors too, see
+:mod:`lion.sharding`. Of a paged state ``state1`` and ``absmax1`` lie in memory made by :mod:`lion.paging`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from lion.options import Form, Kind
 State = dict[str, Any]
 
 NESTED_KEY = "__bnb_optimizer_quant_state__"
+_ROWS = ("absmax1", "max1", "new_max1")
+_GATHERED = ". It was gathered from shards: 8-bit state has to be converted before that (lion.exchange.to_exp_avg)"
 _PAGED_KEYS = ("state1", "absmax1")
 _MOMENTUM_KEYS = {
     Kind.FLOAT32: ("state1",),
@@ -119,7 +122,7 @@ def placed(state: State, paged: bool) -> State:
     return {**state, **tensors} if any(tensors[key] is not state[key] for key in tensors) else state
 
 
-def kind_in(state: State) -> Kind:
+def kind_in(state: Mapping[str, Any]) -> Kind:
     """Return how the momentum in a state is kept."""
     if state["state1"].dtype == torch.float32:
         return Kind.FLOAT32
@@ -132,7 +135,7 @@ def check(state: State, p: Tensor, name: str) -> None:
     Raises:
         ValueError: Naming the parameter and the key.
     """
-    _check_contents(state, p, name, reference.BLOCK_SIZE)
+    check_contents(state, p, name)
     for key, value in state.items():
         if value.device != p.device or not value.is_contiguous():
             raise ValueError(
@@ -168,7 +171,7 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
             local_state = {**whole, "state1": sharding.shard_of(whole["state1"], p)}
         return sharding.wrapped(load(local_state, sharding.local(p), form, name), p)
     block_size = _saved_block_size(flat, p)
-    _check_contents(flat, p, name, block_size)
+    check_contents(flat, p, name, block_size)
     state = {
         key: value.detach().to(p.device, copy=True, memory_format=torch.contiguous_format)
         for key, value in flat.items()
@@ -193,7 +196,7 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
 
 def _check_sharded(state: State, name: str) -> None:
     """Raise unless the tensors that a DTensor's state keeps for its elements and blocks are DTensors."""
-    for key in ("state1", "absmax1", "max1", "new_max1"):
+    for key in ("state1", *_ROWS):
         if key in state and not sharding.is_sharded(state[key]):
             raise ValueError(f"Invalid state of {name}: {key!r} must be a DTensor, like the parameter")
 
@@ -220,12 +223,21 @@ def _flattened(saved: object, name: str) -> State:
     return flat
 
 
-def _check_contents(state: State, p: Tensor, name: str, block_size: int) -> None:
-    """Raise unless keys, dtypes and shapes are those of a state of the parameter."""
+def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: int = reference.BLOCK_SIZE) -> None:
+    """Raise unless keys, dtypes and shapes are those of a state of the parameter, which is no DTensor.
+
+    Raises:
+        ValueError: Naming the parameter and the key.
+    """
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided:
             found = value.layout if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"Invalid state of {name}: {key!r} must be a dense tensor, not {found}")
+        if sharding.is_sharded(value):
+            raise ValueError(
+                f"Invalid state of {name}: {key!r} is a DTensor, unlike the parameter; "
+                "get_optimizer_state_dict with full_state_dict=True gathers 32-bit state"
+            )
     if "state1" not in state:
         raise ValueError(f"Invalid state of {name}: the key 'state1' is missing")
     if state["state1"].dtype not in (torch.float32, torch.uint8):
@@ -251,7 +263,7 @@ def _check_contents(state: State, p: Tensor, name: str, block_size: int) -> None
         if value.dtype != dtype or tuple(value.shape) != shape:
             raise ValueError(
                 f"Invalid state of {name}: {key!r} is {value.dtype} of shape {tuple(value.shape)}; "
-                f"{dtype} of shape {shape} is needed"
+                f"{dtype} of shape {shape} is needed{_GATHERED if key in _ROWS and value.dim() > 1 else ''}"
             )
     unknown = [key for key in state if key not in expected]
     if unknown:

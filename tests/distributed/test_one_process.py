@@ -142,10 +142,10 @@ def test_state_of_another_layout_changes_nothing(mesh: DeviceMesh) -> None:
     optimizer.step()
     saved = optimizer.state_dict()
     absmax = saved["state"][0]["absmax1"]
-    wrong = DTensor.from_local(torch.zeros(2, absmax.shape[1]), mesh, [Shard(0)])
+    wrong = DTensor.from_local(torch.zeros(2, 1, absmax.shape[-1]), mesh, [Shard(0)])
     saved["state"][0] = {**saved["state"][0], "absmax1": wrong}
     before = {key: sharding.local(value).clone() for key, value in optimizer.state[params[0]].items()}
-    with pytest.raises(ValueError, match="another mesh"):
+    with pytest.raises(ValueError, match="another layout"):
         optimizer.load_state_dict(saved)
     saved["state"][0] = {**saved["state"][0], "absmax1": absmax.to_local()}
     with pytest.raises(ValueError, match="'absmax1' must be a DTensor"):
@@ -161,3 +161,58 @@ def test_bitsandbytes_gets_no_shards(mesh: DeviceMesh) -> None:
     optimizer.step()
     with pytest.raises(ValueError, match="DTensor"):
         lion.exchange.to_bitsandbytes(optimizer.state_dict())
+
+
+def test_state_of_a_parameter_sharded_otherwise_is_refused(mesh: DeviceMesh) -> None:
+    rows, columns = (nn.Parameter(distribute_tensor(torch.ones(20, 31), mesh, [Shard(dim)])) for dim in (0, 1))
+    optimizer, other = (lion.Lion8bit([p], min_8bit_size=0) for p in (rows, columns))
+    for p, a in ((rows, optimizer), (columns, other)):
+        p.grad = distribute_tensor(torch.ones(20, 31), mesh, p.placements)  # type: ignore[attr-defined]
+        a.step()
+    assert optimizer.state[rows]["absmax1"].shape == (1, 1, 3)
+    placed = [optimizer.state[rows]["absmax1"].placements, other.state[columns]["absmax1"].placements]
+    assert placed == [(Shard(0),), (Shard(1),)]
+    with pytest.raises(ValueError, match="'state1' is laid out as"):
+        other.load_state_dict(optimizer.state_dict())
+    # What a checkpoint that is laid out anew would look like.
+    mixed = optimizer.state_dict()
+    mixed["state"][0] = {**mixed["state"][0], "state1": other.state[columns]["state1"]}
+    with pytest.raises(ValueError, match="saved in another layout"):
+        other.load_state_dict(mixed)
+
+
+def test_plain_parameters_refuse_shards(mesh: DeviceMesh) -> None:
+    sharded, plain = parameters(mesh), parameters(None)
+    optimizer, other = lion.Lion(sharded), lion.Lion(plain)
+    set_gradients(sharded, 0)
+    optimizer.step()
+    with pytest.raises(ValueError, match="'state1' is a DTensor, unlike the parameter"):
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state
+
+
+@pytest.mark.parametrize("block_wise", [True, False])
+def test_what_was_gathered_is_refused(mesh: DeviceMesh, block_wise: bool) -> None:
+    (sharded,), (plain,) = parameters(mesh, [(2, 300)]), parameters(None, [(2, 300)])
+    optimizer, other = (lion.Lion8bit([p], min_8bit_size=0, block_wise=block_wise) for p in (sharded, plain))
+    set_gradients([sharded], 0)
+    optimizer.step()
+    gathered = optimizer.state_dict()
+    gathered["state"][0] = {
+        key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in gathered["state"][0].items()
+    }
+    for read in (other.load_state_dict, lion.exchange.to_exp_avg, lion.exchange.to_bitsandbytes):
+        with pytest.raises(ValueError, match=r"gathered from shards.*to_exp_avg"):
+            read(gathered)
+
+
+def test_gradients_on_their_way(mesh: DeviceMesh) -> None:
+    (p,), (q,) = parameters(mesh, [(8, 4)]), parameters(None, [(8, 4)])
+    q.grad = torch.randn(8, 4)
+    part = DTensor.from_local(q.grad.clone(), mesh, [Partial()])
+    with torch.no_grad():
+        p.grad = part.redistribute(mesh, [Shard(0)], async_op=True)  # type: ignore[assignment]
+    optimizer, other = lion.Lion([p]), lion.Lion([q])
+    optimizer.step()
+    other.step()
+    assert_same(optimizer, other)
