@@ -8,10 +8,18 @@ from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile("default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=2000)
+settings.register_profile("few", parent=settings.get_profile("default"), max_examples=5)
+settings.register_profile(  # a failure is enough, the simplest one is not needed
+    "mutation",
+    parent=settings.get_profile("default"),
+    phases=[Phase.explicit, Phase.generate],
+    derandomize=True,
+    database=None,
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -18,6 +18,7 @@ import reference
 from cpu_kernels import avx512, pool
 from tests import strategies
 from tests.comparing import Guarded, assert_same_bits, guarded
+from tests.differential import cpu_twins
 
 Array = npt.NDArray[Any]
 
@@ -29,6 +30,8 @@ THREADS = st.sampled_from([1, 2])
 @pytest.fixture(autouse=True)
 def many_threads_for_small_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "SMALL", 0)
+    if cpu_twins.DISABLE_JIT:
+        cpu_twins.install(monkeypatch)
 
 
 class Tensor(NamedTuple):
@@ -361,6 +364,7 @@ def test_portable_code_on_a_processor_with_avx512() -> None:
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.skipif(cpu_twins.DISABLE_JIT, reason="kernels that run as Python keep the caller's mode")
 def test_flush_to_zero_of_the_caller_changes_nothing() -> None:
     torch = pytest.importorskip("torch")
     if not torch.set_flush_denormal(True):

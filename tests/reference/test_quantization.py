@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -38,6 +39,17 @@ def test_map_has_the_bits_of_bitsandbytes(signed, digest):
     qmap = create_dynamic_map(signed)
     assert qmap.dtype == F and qmap.shape == (256,)
     assert hashlib.sha256(qmap.astype("<f4").tobytes()).hexdigest() == digest
+
+
+def test_smaller_maps_have_the_bits_of_bitsandbytes():
+    """All signed maps of 2 to 8 bits, one after the other; made without a warning."""
+    digest = hashlib.sha256()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for total_bits in range(2, 9):
+            for max_exponent_bits in range(1, total_bits):
+                digest.update(create_dynamic_map(True, max_exponent_bits, total_bits).astype("<f4").tobytes())
+    assert digest.hexdigest() == "6240d4e313d3597c4ab5c63227030ed958caf9e2590c11d26cde0d0d02443a68"
 
 
 def test_map_landmarks():
@@ -302,6 +314,9 @@ def test_dequantize_special_absmax():
         pytest.param(MAP[:255], id="short"),
         pytest.param(MAP.astype(np.float64), id="float64"),
         pytest.param(MAP[::-1].copy(), id="descending"),
+        pytest.param(np.r_[MAP[:200], MAP[[201, 200]], MAP[202:]], id="two swapped"),
+        pytest.param(np.r_[MAP[[1, 0]], MAP[2:]], id="first two swapped"),
+        pytest.param(np.r_[MAP[:254], MAP[[255, 254]]], id="last two swapped"),
         pytest.param(np.full(256, np.nan, F), id="nan"),
         pytest.param(np.r_[MAP[:255], F(np.inf)], id="infinite"),
         pytest.param(MAP.reshape(16, 16), id="shape"),

@@ -1,0 +1,173 @@
+"""Mutation testing: change one operator or one number at a time; a test must fail for each.
+
+``python -m tests.mutation MODULE...`` works on a copy of the project. The mutants are cosmic-ray's; the tests run in
+forked children, which saves importing torch and Numba for every mutant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import gc
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numba.core.config
+import pytest
+import torch  # noqa: F401  not needed here, but slow to import
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator
+
+from tests.mutation.plan import MODULES, OPERATORS, Run
+from tests.mutation.survivors import SURVIVORS
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("cpu_kernels", "cuda_kernels", "lion", "reference", "tests")
+MEMORY_LIMIT = 16 * 2**30
+# In seconds, for a deadlock; endless loops end at a multiple of the processor time that is usual.
+PATIENCE = 600
+
+
+class Mutant(NamedTuple):
+    """A changed source, and where it differs."""
+
+    source: str
+    line: int
+    function: str
+    old: str
+    new: str
+
+
+def mutants(source: str) -> Iterator[Mutant]:
+    """Yield the mutants of a module, one for each operator and place outside of annotations."""
+    tree = ast.parse(source)
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    annotations = [
+        ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)) for node in _annotations(tree)
+    ]
+    nodes = list(ast_nodes(get_ast(source)))
+    for name in OPERATORS:
+        operator = get_operator(f"core/{name}")()
+        places = [place for node in nodes for place, _ in operator.mutation_positions(node)]
+        for occurrence, place in enumerate(places):
+            if any(begin <= place < end for begin, end in annotations):
+                continue
+            mutated = mutate_code(source, operator, occurrence)
+            changed = list(difflib.ndiff(source.splitlines(), mutated.splitlines()))
+            old, new = (" ".join(line[2:].strip() for line in changed if line[0] == sign) for sign in "-+")
+            function = [node.name for node in functions if node.lineno <= place[0] <= node.end_lineno]
+            yield Mutant(mutated, place[0], "".join(function), old, new)
+
+
+def _annotations(tree: ast.AST) -> Iterator[ast.expr]:
+    for node in ast.walk(tree):
+        for name in ("annotation", "returns"):
+            if isinstance(expression := getattr(node, name, None), ast.expr):
+                yield expression
+
+
+def passes(run: Run, processor_seconds: int) -> bool:
+    """Return whether the tests of a run pass in time, in a child of this process."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (processor_seconds, processor_seconds))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        os.environ.update(run.environment)
+        numba.core.config.reload_config()
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *run.arguments]))
+    end = time.monotonic() + PATIENCE
+    while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > end:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return False
+        time.sleep(0.02)
+    return status[1] == 0
+
+
+def processor_time(run: Run) -> int:
+    """Return the seconds that a run may take: several times what it takes without a mutation, where it must pass."""
+
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    before = used()
+    if not passes(run, PATIENCE):
+        raise RuntimeError(f"These tests fail without a mutation: {run}")
+    return 10 + int(3 * (used() - before))
+
+
+@contextmanager
+def copied() -> Iterator[Path]:
+    """Make a copy of the project the current folder and the first place of imports."""
+    with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        for name in COPIED:
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        sys.path = [folder, *(path for path in sys.path if Path(path).resolve() != ROOT)]
+        for name in [name for name in sys.modules if name.split(".")[0] in COPIED]:
+            del sys.modules[name]
+        sys.dont_write_bytecode = True
+        os.environ.update(
+            PYTHONPATH=os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]),
+            PYTHONDONTWRITEBYTECODE="1",
+            NUMBA_CACHE_DIR=str(Path(folder, "numba")),
+            HYPOTHESIS_PROFILE="mutation",
+        )
+        os.chdir(folder)
+        yield Path(folder)
+
+
+def survivors(folder: Path, module: str) -> int:
+    """Print the mutants of a module that no test kills, and return how many of them have no reason to live."""
+    path, runs = folder / module, MODULES[module]
+    source, begin = path.read_text(), time.monotonic()
+    seconds = {run.arguments: processor_time(run) for run in runs}
+    reasons = {(old, new): reason for old, new, reason in SURVIVORS.get(module, ())}
+    count, lived, unexplained = 0, 0, 0
+    for mutant in mutants(source):
+        count += 1
+        path.write_text(mutant.source)
+        mine = [run for run in runs if not run.within or mutant.function in run.within]
+        if all(passes(run, seconds[run.arguments]) for run in mine):
+            lived += 1
+            reason = reasons.get((mutant.old, mutant.new))
+            unexplained += reason is None
+            print(f"{module}:{mutant.line}\n  - {mutant.old}\n  + {mutant.new}\n  {reason or 'NOT KILLED'}", flush=True)
+        if not module.startswith("lion/"):  # the kernels were compiled from sources that never come back
+            shutil.rmtree(os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
+    path.write_text(source)
+    minutes = (time.monotonic() - begin) / 60
+    print(f"{module}: {count} mutants, {count - lived} killed, {lived} survived, {minutes:.1f} min", flush=True)
+    return unexplained
+
+
+def main() -> int:
+    """Change the modules named, all by default; print what no test notices and exit with 1 if it has no reason."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=main.__doc__)
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help="for instance reference/lion.py")
+    chosen = parser.parse_args().modules or list(MODULES)
+    gc.freeze()
+    with copied() as folder:
+        return 1 if sum([survivors(folder, module) for module in chosen]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

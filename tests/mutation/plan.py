@@ -1,0 +1,74 @@
+"""Which modules are mutated, in which ways, and which tests have to notice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_BINARY = (
+    *("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "Mod_FloorDiv", "Pow_Mul"),
+    *("LShift_RShift", "RShift_LShift", "BitAnd_BitOr", "BitOr_BitAnd", "BitXor_BitOr"),
+)
+# Each comparison with its boundary moved, and turned round.
+_COMPARISONS = (
+    *("Lt_LtE", "Lt_GtE", "LtE_Lt", "LtE_Gt", "Gt_GtE", "Gt_LtE", "GtE_Gt", "GtE_Lt"),
+    *("Eq_NotEq", "NotEq_Eq", "Is_IsNot", "IsNot_Is"),
+)
+# Names of cosmic-ray's operators; a number becomes one more and one less.
+OPERATORS = (
+    *(f"ReplaceBinaryOperator_{name}" for name in _BINARY),
+    *(f"ReplaceComparisonOperator_{name}" for name in _COMPARISONS),
+    *("ReplaceUnaryOperator_Delete_USub", "ReplaceUnaryOperator_Delete_Invert", "ReplaceUnaryOperator_Delete_Not"),
+    *("NumberReplacer", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd"),
+)
+
+
+class Run(NamedTuple):
+    """A run of pytest that should fail.
+
+    Attributes:
+        arguments: What pytest is called with.
+        within: Names of the functions whose mutants it is for; none for all.
+        environment: Variables that are set.
+    """
+
+    arguments: tuple[str, ...]
+    within: tuple[str, ...] = ()
+    environment: dict[str, str] = {}
+
+
+def _kernels(names: str, *within: str, **environment: str) -> Run:
+    return Run(("tests/differential/test_cpu_kernels.py", "-k", names), within, environment)
+
+
+# A mutant that passes all its runs lives on; the runs that are quick and notice most come first.
+MODULES: dict[str, tuple[Run, ...]] = {
+    "reference/clipping.py": (Run(("tests/reference/test_clipping.py",)),),
+    "reference/lion.py": (Run(("tests/reference/test_lion.py",)),),
+    "reference/quantization.py": (Run(("tests/reference/test_quantization.py",)),),
+    "cpu_kernels/clipping.py": (
+        _kernels("squared_norm", "_partials_kernel", "_totals_kernel", "add_pairs", "squared_norm"),
+        _kernels("norm or percentile or invalid"),
+    ),
+    "cpu_kernels/lion.py": (
+        _kernels("update_32bit", "_update_32bit_kernel", "new_param", "count_step"),
+        _kernels("test_update_8bit_blockwise", "_update_8bit_kernel"),
+        _kernels("test_update_8bit_tensorwise", "_update_8bit_tensorwise_kernels"),
+        _kernels("update or at_thresholds or counter"),
+    ),
+    "cpu_kernels/quantization.py": (
+        _kernels("quantize", "_quantize_kernel", "_dequantize_kernel", "threshold_code"),
+        _kernels("at_thresholds or test_update_8bit_blockwise", "quantize_block", "dequantize_block", "stored_absmax"),
+        _kernels("8bit or quantize or at_thresholds or every_code or invalid"),
+        _kernels("8bit or at_thresholds", NUMBA_CPU_NAME="x86-64-v3"),
+    ),
+    "cpu_kernels/device.py": (
+        _kernels("update_32bit"),
+        _kernels("not portable"),
+        Run(("tests/differential/test_cpu_cache.py",)),
+    ),
+    "cpu_kernels/pool.py": (
+        _kernels("update_32bit or norm or invalid"),
+        Run(("tests/differential/test_cpu_threads.py",)),
+    ),
+    "cpu_kernels/avx512.py": (_kernels("8bit or at_thresholds"),),
+}
