@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import gc
+import io
 import os
 import resource
 import shutil
@@ -18,11 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numba.core.config
+import numba
 import pytest
 import torch  # noqa: F401  not needed here, but slow to import
 from cosmic_ray.ast import ast_nodes, get_ast
@@ -88,9 +89,12 @@ def passes(run: Run, processor_seconds: int) -> bool:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
-        os.environ.update(run.environment)
-        numba.core.config.reload_config()
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *run.arguments]))
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *run.arguments]
+        if run.cpu_name:  # it is too late to tell this process
+            environment = {**os.environ, "NUMBA_CPU_NAME": run.cpu_name}
+            os.execve(sys.executable, [sys.executable, "-m", "pytest", *arguments], environment)
+        numba.config.DISABLE_JIT = run.as_python
+        os._exit(pytest.main(arguments))
     end = time.monotonic() + PATIENCE
     while (status := os.waitpid(child, os.WNOHANG))[0] == 0:
         if time.monotonic() > end:
@@ -114,7 +118,7 @@ def processor_time(run: Run) -> int:
     return 10 + int(3 * (used() - before))
 
 
-@contextmanager
+@contextlib.contextmanager
 def copied() -> Iterator[Path]:
     """Make a copy of the project the current folder and the first place of imports."""
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
@@ -124,10 +128,8 @@ def copied() -> Iterator[Path]:
         sys.path = [folder, *(path for path in sys.path if Path(path).resolve() != ROOT)]
         for name in [name for name in sys.modules if name.split(".")[0] in COPIED]:
             del sys.modules[name]
-        sys.dont_write_bytecode = True
         os.environ.update(
             PYTHONPATH=os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]),
-            PYTHONDONTWRITEBYTECODE="1",
             NUMBA_CACHE_DIR=str(Path(folder, "numba")),
             HYPOTHESIS_PROFILE="mutation",
         )
@@ -135,18 +137,28 @@ def copied() -> Iterator[Path]:
         yield Path(folder)
 
 
+def warm_up(folder: Path) -> None:
+    """Do once what every child would do first."""
+    (folder / "empty").mkdir()
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(folder / "empty")])
+    numba.njit("void()")(lambda: None)
+    gc.freeze()
+
+
 def survivors(folder: Path, module: str) -> int:
     """Print the mutants of a module that no test kills, and return how many of them have no reason to live."""
     path, runs = folder / module, MODULES[module]
     source, begin = path.read_text(), time.monotonic()
-    seconds = {run.arguments: processor_time(run) for run in runs}
+    seconds = [processor_time(run) for run in runs]
     reasons = {(old, new): reason for old, new, reason in SURVIVORS.get(module, ())}
     count, lived, unexplained = 0, 0, 0
     for mutant in mutants(source):
         count += 1
         path.write_text(mutant.source)
-        mine = [run for run in runs if not run.within or mutant.function in run.within]
-        if all(passes(run, seconds[run.arguments]) for run in mine):
+        os.utime(path, (count, count))  # Python's cache of bytecode goes by time and size
+        mine = [i for i, run in enumerate(runs) if not run.within or mutant.function in run.within]
+        if all(passes(runs[i], seconds[i]) for i in mine):
             lived += 1
             reason = reasons.get((mutant.old, mutant.new))
             unexplained += reason is None
@@ -154,6 +166,7 @@ def survivors(folder: Path, module: str) -> int:
         if not module.startswith("lion/"):  # the kernels were compiled from sources that never come back
             shutil.rmtree(os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
     path.write_text(source)
+    os.utime(path, (0, 0))
     minutes = (time.monotonic() - begin) / 60
     print(f"{module}: {count} mutants, {count - lived} killed, {lived} survived, {minutes:.1f} min", flush=True)
     return unexplained
@@ -164,8 +177,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=main.__doc__)
     parser.add_argument("modules", nargs="*", metavar="MODULE", help="for instance reference/lion.py")
     chosen = parser.parse_args().modules or list(MODULES)
-    gc.freeze()
     with copied() as folder:
+        warm_up(folder)
         return 1 if sum([survivors(folder, module) for module in chosen]) else 0
 
 

@@ -28,16 +28,18 @@ class Run(NamedTuple):
     Attributes:
         arguments: What pytest is called with.
         within: Names of the functions whose mutants it is for; none for all.
-        environment: Variables that are set.
+        as_python: Whether the CPU kernels run as Python, which is quicker than compiling them for each mutant.
+        cpu_name: The processor that Numba is to compile for; "" for the host.
     """
 
     arguments: tuple[str, ...]
     within: tuple[str, ...] = ()
-    environment: dict[str, str] = {}
+    as_python: bool = False
+    cpu_name: str = ""
 
 
-def _kernels(names: str, *within: str, **environment: str) -> Run:
-    return Run(("tests/differential/test_cpu_kernels.py", "-k", names), within, environment)
+def _kernels(names: str, *within: str, as_python: bool = False, cpu_name: str = "") -> Run:
+    return Run(("tests/differential/test_cpu_kernels.py", "-k", names), within, as_python, cpu_name)
 
 
 # A mutant that passes all its runs lives on; the runs that are quick and notice most come first.
@@ -46,29 +48,31 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "reference/lion.py": (Run(("tests/reference/test_lion.py",)),),
     "reference/quantization.py": (Run(("tests/reference/test_quantization.py",)),),
     "cpu_kernels/clipping.py": (
-        _kernels("squared_norm", "_partials_kernel", "_totals_kernel", "add_pairs", "squared_norm"),
+        _kernels("percentile_clipping", "_clip_kernel", "percentile_clipping", as_python=True),
+        _kernels("norm or percentile or invalid", as_python=True),
         _kernels("norm or percentile or invalid"),
     ),
     "cpu_kernels/lion.py": (
-        _kernels("update_32bit", "_update_32bit_kernel", "new_param", "count_step"),
-        _kernels("test_update_8bit_blockwise", "_update_8bit_kernel"),
-        _kernels("test_update_8bit_tensorwise", "_update_8bit_tensorwise_kernels"),
+        _kernels("update_32bit", "_update_32bit_kernel", "new_param", "count_step", as_python=True),
+        _kernels("test_update_8bit_blockwise", "_update_8bit_kernel", as_python=True),
+        _kernels("test_update_8bit_tensorwise", "_update_8bit_tensorwise_kernels", as_python=True),
         _kernels("update or at_thresholds or counter"),
     ),
     "cpu_kernels/quantization.py": (
-        _kernels("quantize", "_quantize_kernel", "_dequantize_kernel", "threshold_code"),
-        _kernels("at_thresholds or test_update_8bit_blockwise", "quantize_block", "dequantize_block", "stored_absmax"),
+        _kernels("quantize", "_quantize_kernel", "_dequantize_kernel", "threshold_code", as_python=True),
+        _kernels("test_update_8bit_blockwise", "quantize_block", "dequantize_block", "stored_absmax", as_python=True),
         _kernels("8bit or quantize or at_thresholds or every_code or invalid"),
-        _kernels("8bit or at_thresholds", NUMBA_CPU_NAME="x86-64-v3"),
+        _kernels("8bit or at_thresholds", cpu_name="x86-64-v3"),
+    ),
+    "cpu_kernels/pool.py": (
+        _kernels("squared_norm or invalid", as_python=True),
+        _kernels("update_32bit or norm or invalid"),
+        Run(("tests/differential/test_cpu_threads.py",)),
     ),
     "cpu_kernels/device.py": (
         _kernels("update_32bit"),
         _kernels("not portable"),
         Run(("tests/differential/test_cpu_cache.py",)),
-    ),
-    "cpu_kernels/pool.py": (
-        _kernels("update_32bit or norm or invalid"),
-        Run(("tests/differential/test_cpu_threads.py",)),
     ),
     "cpu_kernels/avx512.py": (_kernels("8bit or at_thresholds"),),
 }
