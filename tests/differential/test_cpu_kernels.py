@@ -219,6 +219,24 @@ def test_squared_norm(data: st.DataObject, dtype: str, inv_scale: np.float32, th
     assert_same_bits(norms, np.array([reference.squared_norm(grad.array, inv_scale) for grad in grads], np.float32))
 
 
+def test_squared_norm_takes_the_last_element_of_a_chunk_of_one() -> None:
+    grads = [guarded(np.zeros(4097, np.float32)), guarded(np.ones(1, np.float32))]
+    grads[0].array[-1] = 3.0
+    norms = cpu_kernels.squared_norm("float32", addresses(grads), np.array([4097, 1], np.int64), 1)
+    assert_same_bits(norms, np.float32([9.0, 1.0]))
+
+
+def test_squared_norm_adds_every_32nd_chunk() -> None:
+    """In float64, 2**24 + 1 swallows 2**-29 twice; added to each other first, the two would decide the rounding."""
+    grad = guarded(np.zeros(96 * 4096 + 2, np.float32))
+    grad.array[0], grad.array[32 * 4096] = 2.0**12, 1.0
+    for chunk in (64, 96):
+        grad.array[chunk * 4096 : chunk * 4096 + 2] = 2.0**-15
+    norms = cpu_kernels.squared_norm("float32", addresses([grad]), np.array([grad.array.size], np.int64), 1)
+    assert_same_bits(norms, np.float32([2.0**24]))
+    assert_same_bits(norms[0], reference.squared_norm(grad.array))
+
+
 @given(st.data(), st.integers(1, 99), THREADS)
 def test_percentile_clipping(data: st.DataObject, percentile: int, threads: int) -> None:
     count = data.draw(st.integers(1, 3))
@@ -303,6 +321,22 @@ def test_dequantize_every_code(dtype: str) -> None:
     with np.errstate(all="ignore"):
         expected = reference.dequantize_blockwise(codes, absmax, QMAP, 256).astype(values.array.dtype)
     assert_same_bits(values.array, expected)
+
+
+@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+def test_quantize_at_the_ends_of_the_normal_numbers(dtype: str) -> None:
+    """What is below them is stored as 0, what is above as NaN."""
+    ends = np.array([0x007FFFFF, 0x00800000, 0x00800001, 0x7F7FFFFF, 0x7F800000], np.uint32).view(np.float32)
+    with np.errstate(all="ignore"):
+        values = ends.astype(strategies.FLOAT_DTYPES[dtype])
+    codes, absmax = guarded((values.size,), np.uint8), guarded((values.size,), np.float32)
+    places = [array.ctypes.data for array in (values, codes.array, absmax.array)]
+    cpu_kernels.quantize_blockwise(dtype, *places, values.size, QMAP, 1, 1)
+    expected_codes, expected_absmax = reference.quantize_blockwise(values, QMAP, 1)
+    assert_same_bits(absmax.array, expected_absmax)
+    assert_same_bits(codes.array, expected_codes)
+    if dtype == "float32":
+        assert_same_bits(absmax.array, np.array([0.0, *ends[1:4], np.nan], np.float32))
 
 
 def test_codes_come_back() -> None:
@@ -391,14 +425,15 @@ def test_flush_to_zero_of_the_caller_changes_nothing() -> None:
         (lambda: cpu_kernels.squared_norm("float32", *[np.zeros(1, np.int64)] * 2, 0), "Invalid threads: 0"),
         (lambda: cpu_kernels.quantize_blockwise("float32", 0, 0, 0, 0, QMAP, 0, 1), "Invalid block_size: 0"),
         (lambda: cpu_kernels.dequantize_blockwise("float32", 0, 0, 0, 0, QMAP[::-1], 64, 1), "Invalid qmap"),
-        (
-            lambda: cpu_kernels.percentile_clipping(
-                np.ones(1, np.float32), *[np.zeros(1, np.int64)] * 2, np.ones(1, np.float32), 100, 1
-            ),
-            "Invalid percentile: 100",
-        ),
     ],
 )
 def test_invalid_arguments(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("percentile", [0, 100])
+def test_percentile_out_of_range(percentile: int) -> None:
+    tables = [np.zeros(1, np.int64)] * 2
+    with pytest.raises(ValueError, match=f"Invalid percentile: {percentile};"):
+        cpu_kernels.percentile_clipping(np.zeros(1, np.float32), *tables, np.ones(1, np.float32), percentile, 1)

@@ -15,7 +15,7 @@ from tests.comparing import assert_same_bits
 F = np.float32
 
 
-def slow_squared_norm(grad) -> np.float32:
+def slow_squared_norm(grad, inv_scale=1.0) -> np.float32:
     """The documented order, one addition after the other."""
 
     def pairs(values):
@@ -23,9 +23,9 @@ def slow_squared_norm(grad) -> np.float32:
             values = [values[i] + values[i + 1] for i in range(0, len(values), 2)]
         return values[0]
 
-    g = [F(x) for x in np.asarray(grad).reshape(-1)]
     totals = [np.float64(0)] * 32
     with np.errstate(all="ignore"):
+        g = [F(x) * F(inv_scale) for x in np.asarray(grad).reshape(-1)]
         for number, begin in enumerate(range(0, len(g), 4096)):
             chunk = g[begin : begin + 4096]
             chunk += [F(0)] * (4096 - len(chunk))
@@ -64,16 +64,17 @@ def test_the_order_is_visible_in_the_bits():
     assert orders > 10
 
 
-@given(st.data(), strategies.dtypes(), strategies.sizes(600))
-def test_summation_order_on_any_bits(data, dtype, size):
+@given(st.data(), strategies.dtypes(), strategies.sizes(600), strategies.inv_scales())
+def test_summation_order_on_any_bits(data, dtype, size, inv_scale):
     grad = data.draw(strategies.floats(dtype, size))
-    assert_same_bits(squared_norm(grad), slow_squared_norm(grad))
+    assert_same_bits(squared_norm(grad, inv_scale), slow_squared_norm(grad, inv_scale))
 
 
 def test_squared_norm_by_hand():
     assert squared_norm(np.array([3.0, 4.0], F)) == 25.0
     assert squared_norm(np.array([[1.0, -2.0], [2.0, 0.0]], np.float16)) == 9.0
     assert squared_norm(np.array(-3.0, F)) == 9.0
+    assert squared_norm(np.array([6.0, 8.0], F), F(0.5)) == 25.0
     assert_same_bits(squared_norm(np.zeros(0, F)), F(0))
     assert_same_bits(squared_norm(np.array([-0.0], F)), F(0))
     assert type(squared_norm(np.ones(3, F))) is F

@@ -30,8 +30,9 @@ K = coefficients(0.125, (0.5, 0.75), 0.5)  # all exact: decay is 0.9375
 DENORMAL = F(2.0**-149)
 
 
-def step(param, grad, momentum, k=K, dtype=F, scale=1.0):
-    return update_32bit(np.array(param, dtype), np.array(grad, dtype), np.array(momentum, F), k, F(scale))
+def step(param, grad, momentum, k=K, dtype=F, scale=1.0, inv_scale=1.0):
+    arrays = np.array(param, dtype), np.array(grad, dtype), np.array(momentum, F)
+    return update_32bit(*arrays, k, F(scale), F(inv_scale))
 
 
 def fresh(size, blocks):
@@ -195,6 +196,15 @@ def test_scale_multiplies_the_gradient_first():
     assert np.isnan(param).all() and np.isnan(momentum).all()
 
 
+def test_inv_scale_multiplies_before_scale():
+    scaled = step([1.0, 2.0], [1.0, -6.0], [0.25, 0.0], scale=F(0.25), inv_scale=F(0.5))
+    plain = step([1.0, 2.0], [0.125, -0.75], [0.25, 0.0])
+    for ours, expected in zip(scaled, plain, strict=True):
+        assert_same_bits(ours, expected)
+    _, momentum = step([1.0], [2.0**100], [0.0], scale=F(2.0**-100), inv_scale=F(2.0**100))
+    assert momentum.tolist() == [np.inf]
+
+
 def test_gradient_and_parameter_may_differ_in_dtype():
     param, momentum = update_32bit(np.ones(1, BF16), np.ones(1, F), np.zeros(1, F), K)
     assert param.dtype == BF16 and momentum.dtype == F
@@ -304,6 +314,7 @@ def test_8bit_nan_stays_within_its_block():
 
 @given(st.data(), strategies.dtypes(), strategies.sizes(600), strategies.hyperparameters(), strategies.scales())
 def test_8bit_is_dequantize_update_quantize(data, dtype, size, hyperparameters, scale):
+    inv_scale = data.draw(strategies.inv_scales())
     assume(hyperparameters[0] * hyperparameters[2] < 1e38)
     k = coefficients(*hyperparameters)
     param, grad = (data.draw(strategies.floats(dtype, size)) for _ in range(2))
@@ -312,15 +323,15 @@ def test_8bit_is_dequantize_update_quantize(data, dtype, size, hyperparameters, 
     codes = data.draw(strategies.codes(size))
     absmax = np.abs(data.draw(strategies.floats("float32", blocks)))
     momentum = dequantize_blockwise(codes, absmax, MAP, block_size)
-    expected_param, new_momentum = update_32bit(param, grad, momentum, k, scale)
+    expected_param, new_momentum = update_32bit(param, grad, momentum, k, scale, inv_scale)
     expected = (expected_param, *quantize_blockwise(new_momentum, MAP, block_size))
-    actual = update_8bit_blockwise(param, grad, codes, absmax, MAP, k, scale, block_size)
+    actual = update_8bit_blockwise(param, grad, codes, absmax, MAP, k, scale, block_size, inv_scale)
     for what, ours, theirs in zip(("param", "codes", "absmax"), actual, expected, strict=True):
         assert_same_bits(ours, theirs, what=what)
     if size:
         absmax = absmax[:1]
-        actual = update_8bit_tensorwise(param, grad, codes, absmax, MAP, k, scale)
-        expected = update_8bit_blockwise(param, grad, codes, absmax, MAP, k, scale, size)
+        actual = update_8bit_tensorwise(param, grad, codes, absmax, MAP, k, scale, inv_scale)
+        expected = update_8bit_blockwise(param, grad, codes, absmax, MAP, k, scale, size, inv_scale)
         for what, ours, theirs in zip(("param", "codes", "max1"), actual, expected, strict=True):
             assert_same_bits(ours, theirs, what=what)
 
