@@ -7,6 +7,7 @@ _ROOM = "there is more room than needed"
 _NOTHING = "once more round the loop, over no element"
 _ALONE = "the caller works alone up to pool.SMALL elements"
 _NOT_NORMAL = "what is below the normal numbers is stored as 0"
+_LARGE_CHUNKS = "larger chunks of work, fewer threads get one: speed only"
 _UNUSED = "the value goes nowhere"
 
 # By module: the line, what it became, why nothing can tell.
@@ -91,12 +92,22 @@ SURVIVORS: dict[str, tuple[tuple[str, str, str], ...]] = {
         (
             "return block_size * max(1, CHUNK // block_size)",
             "return block_size * max(1, CHUNK * block_size)",
-            "fewer threads get work: speed only",
+            _LARGE_CHUNKS,
+        ),
+        (
+            "return block_size * max(1, CHUNK // block_size)",
+            "return block_size * max( 2, CHUNK // block_size)",
+            _LARGE_CHUNKS,
         ),
         (
             "order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)",
             "order = (bits ^ ((bits >> 32) & 0x7FFFFFFF)).astype(np.int64)",
             "NumPy fills with the sign, however far it shifts",
+        ),
+        (
+            "tensor, first, begin, end = pull(control, sizes, chunk_size, 0, 0)",
+            "tensor, first, begin, end = pull(control, sizes, chunk_size, -1, 0)",
+            "the only tensor is done twice, with the same result",
         ),
         ("starts = np.arange(-8192, 8192) << 17", "starts = np.arange(-8192, 8193) << 17", _UNUSED),
         ("starts = np.arange(-8192, 8192) << 17", "starts = np.arange(-8192, 8191) << 17", _UNUSED),
