@@ -13,7 +13,7 @@ from lion import backends, checkpoints, paging, sharding
 from lion.backends import StepCoefficients
 from lion.batches import Batch, StaleBatch
 from lion.loss_scale import LossScale
-from lion.options import STATE_OPTIONS, check_group, form_of
+from lion.options import STATE_OPTIONS, check_group, form_of, shown
 from lion.overrides import GlobalOptimManager
 from lion.plan import Plan, check_parameter, parameter_name
 from lion.state import placed
@@ -87,7 +87,7 @@ class Lion(Optimizer):
             "is_paged": is_paged,
         }
         if isinstance(args, Mapping):
-            raise TypeError(f"Invalid args: {args!r}; an object with attributes is allowed, not a dict")
+            raise TypeError(f"Invalid args: {shown(args)}; an object with attributes is allowed, not a dict")
         defaults.update((key, getattr(args, key)) for key in STATE_OPTIONS if hasattr(args, key))
         super().__init__(params, check_group(defaults))
 

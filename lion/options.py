@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from enum import Enum
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+import reference
 from lion import sharding
 
 HYPERPARAMETERS = ("lr", "betas", "weight_decay")
@@ -72,7 +74,10 @@ def check_group(group: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in CHECKS if key not in group]
     if missing:
         raise ValueError(f"Invalid parameter group: the option {missing[0]!r} is missing")
-    return {key: check_value(key, group[key]) for key in CHECKS}
+    checked = {key: check_value(key, group[key]) for key in CHECKS}
+    if not isinstance(checked["lr"], Tensor):
+        reference.coefficients(*(checked[key] for key in HYPERPARAMETERS))
+    return checked
 
 
 def _learning_rate(key: str, lr: Any) -> float | Tensor:
@@ -81,6 +86,8 @@ def _learning_rate(key: str, lr: Any) -> float | Tensor:
             raise ValueError(f"Tensor lr must be 1-element; its shape is {tuple(lr.shape)}")
         if not lr.is_floating_point():
             raise TypeError(f"Invalid learning rate: {lr.dtype}; a floating-point tensor is allowed")
+        if lr.is_meta:
+            raise ValueError("Invalid learning rate: a tensor without data, on the device meta")
         # Reading a tensor of another device would wait for that device.
         if lr.device.type == "cpu":
             _non_negative("learning rate:", lr.item())
@@ -94,60 +101,83 @@ def _weight_decay(key: str, weight_decay: Any) -> float:
 
 def _betas(key: str, betas: Any) -> tuple[float, float]:
     try:
-        pair = tuple(betas)
-    except TypeError:
-        raise TypeError(f"Invalid betas: {betas!r}; a pair of numbers is allowed") from None
+        pair = () if isinstance(betas, (Set, Mapping)) else tuple(islice(betas, 3))
+    except Exception as error:
+        raise TypeError(f"Invalid betas: {shown(betas)}; a pair of numbers is allowed") from error
     if len(pair) != 2:
-        raise ValueError(f"Invalid betas: {betas!r}; a pair of numbers is allowed")
-    for index, beta in enumerate(pair):
-        if not 0.0 <= _number(f"beta parameter at index {index}:", beta) < 1.0:
+        raise ValueError(f"Invalid betas: {shown(betas)}; a pair of numbers is allowed")
+    first, second = (_number(f"beta parameter at index {index}:", beta) for index, beta in enumerate(pair))
+    for index, beta in enumerate((first, second)):
+        if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; at least 0 and below 1 is allowed")
-    return float(pair[0]), float(pair[1])
+    return first, second
 
 
 def _optim_bits(key: str, optim_bits: Any) -> int:
     bits = integer(key, optim_bits)
     if bits not in (8, 32):
-        raise ValueError(f"Invalid optim_bits value: {optim_bits}; 8 and 32 are allowed")
+        raise ValueError(f"Invalid optim_bits value: {bits}; 8 and 32 are allowed")
     return bits
 
 
 def _min_8bit_size(key: str, min_8bit_size: Any) -> int:
     size = integer(key, min_8bit_size)
     if size < 0:
-        raise ValueError(f"Invalid min_8bit_size value: {min_8bit_size}; at least 0 is allowed")
+        raise ValueError(f"Invalid min_8bit_size value: {size}; at least 0 is allowed")
     return size
 
 
 def _percentile_clipping(key: str, percentile_clipping: Any) -> int:
     percentile = integer(key, percentile_clipping)
     if not 1 <= percentile <= 100:
-        raise ValueError(f"Invalid percentile_clipping value: {percentile_clipping}; 1 to 100 is allowed")
+        raise ValueError(f"Invalid percentile_clipping value: {percentile}; 1 to 100 is allowed")
     return percentile
-
-
-def _flag(key: str, flag: Any) -> bool:
-    if not isinstance(flag, (bool, int, np.bool_)) or flag not in (0, 1):
-        raise TypeError(f"Invalid {key} value: {flag!r}; True and False are allowed")
-    return bool(flag)
 
 
 def _non_negative(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 0.0 <= number < math.inf:
-        raise ValueError(f"Invalid {name} {value}; at least 0 and finite is allowed")
+        raise ValueError(f"Invalid {name} {number}; at least 0 and finite is allowed")
     return number
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, (str, bytes)):
-        raise TypeError(f"Invalid {name} {value!r}; a number is allowed")
+    if type(value) is float:
+        return value
+    # float() reads text and bytes too, and drops the imaginary part of NumPy's complex numbers.
+    is_number = hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
+    if not is_number or getattr(getattr(value, "dtype", None), "kind", "f") in "cmMSU":
+        raise TypeError(f"Invalid {name} {shown(value)}; a number is allowed")
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"Invalid {name} {value!r}; a number is allowed") from None
     except OverflowError:
-        raise ValueError(f"Invalid {name} {value}; it is too large") from None
+        raise ValueError(f"Invalid {name} {shown(value)}; it is too large") from None
+    except Exception as error:
+        raise TypeError(f"Invalid {name} {shown(value)}; a number is allowed") from error
+
+
+def shown(value: object) -> str:
+    """Return what to show of a value in an error, however long it is and whatever its ``repr`` does."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"an object of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def flag(key: str, value: Any) -> bool:
+    """Return a truth value that may be given as 0 or 1.
+
+    Args:
+        key: What to call it in an error.
+        value: The value given.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
+        raise TypeError(f"Invalid {key} value: {shown(value)}; True and False are allowed")
+    return bool(value)
 
 
 def integer(key: str, value: Any) -> int:
@@ -158,12 +188,14 @@ def integer(key: str, value: Any) -> int:
         value: The value given.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If it is no number, or a truth value.
         ValueError: If it is not integral.
     """
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"Invalid {key} value: {value}; an integer is allowed")
     number = _number(f"{key} value:", value)
     if not number.is_integer():
-        raise ValueError(f"Invalid {key} value: {value}; an integer is allowed")
+        raise ValueError(f"Invalid {key} value: {number}; an integer is allowed")
     return int(number)
 
 
@@ -174,6 +206,6 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "optim_bits": _optim_bits,
     "min_8bit_size": _min_8bit_size,
     "percentile_clipping": _percentile_clipping,
-    "block_wise": _flag,
-    "is_paged": _flag,
+    "block_wise": flag,
+    "is_paged": flag,
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lion.options import CHECKS, check_value
+from lion.options import CHECKS, check_value, shown
 
 _IGNORED_UPSTREAM = frozenset({"is_sparse"})
 
@@ -88,13 +88,17 @@ class GlobalOptimManager:
             ValueError: If no option is given, or an option is unknown or its value not allowed.
         """
         if not isinstance(key_value_dict, (Mapping, type(None))):
-            raise TypeError(f"Invalid key_value_dict: {key_value_dict!r}; a dict of options is allowed")
+            raise TypeError(f"Invalid key_value_dict: {shown(key_value_dict)}; a dict of options is allowed")
         config = dict(key_value_dict or {})
+        if not isinstance(key, (str, type(None))):
+            raise TypeError(f"Invalid key: {shown(key)}; the name of an option is allowed")
         if key is not None:
             if key in config:
                 raise ValueError(f"Invalid key: {key!r} is also in key_value_dict; one of them is allowed")
             config[key] = value
         config = _checked(config)
+        if not isinstance(parameters, Iterable):
+            raise TypeError(f"Invalid parameters: {shown(parameters)}; tensors are allowed")
         tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         for p in tensors:
             _check_tensor("parameters", p)
@@ -115,6 +119,8 @@ class GlobalOptimManager:
         """
         if not isinstance(module, nn.Module):
             raise TypeError(f"Invalid module: {type(module).__name__}; torch.nn.Module is allowed")
+        if not isinstance(param_name, str):
+            raise TypeError(f"Invalid param_name: {shown(param_name)}; a name is allowed")
         if not isinstance(getattr(module, param_name, None), Tensor):
             raise ValueError(f"Invalid param_name: {param_name!r}; {type(module).__name__} has no such parameter")
         self._modules.append((weakref.ref(module), param_name, _checked(config)))
@@ -137,7 +143,7 @@ class GlobalOptimManager:
 
 def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, Mapping):
-        raise TypeError(f"Invalid override: {config!r}; a dict of options is allowed")
+        raise TypeError(f"Invalid override: {shown(config)}; a dict of options is allowed")
     if not config:
         raise ValueError("Invalid override: no option given")
     checked = {}
@@ -145,7 +151,7 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
         if key in _IGNORED_UPSTREAM:
             warnings.warn(f"The override {key!r} has no effect on Lion, here as in bitsandbytes", stacklevel=3)
         elif key not in CHECKS:
-            raise ValueError(f"Invalid override: {key!r}; allowed are {', '.join(CHECKS)}")
+            raise ValueError(f"Invalid override: {shown(key)}; allowed are {', '.join(CHECKS)}")
         else:
             checked[key] = check_value(key, value)
     return checked
