@@ -19,6 +19,7 @@ _is_contiguous = Tensor.is_contiguous
 _is_neg = Tensor.is_neg
 _dtype = attrgetter("dtype")
 _shape = attrgetter("shape")
+_nbytes = attrgetter("nbytes")
 
 # Rows of a batch's table of addresses.
 PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, HISTORY = range(8)
@@ -69,14 +70,14 @@ class Batch:
         rows = {"state1": STATE, "step": STEP, "absmax1": ABSMAX, "max1": ABSMAX, "new_max1": NEW_ABSMAX}
         if percentile < 100:
             rows["gnorm_vec"] = HISTORY
-        self._state_rows = [
-            (row, key, [s[key] for s in states], [s[key] for s in self.states])
-            for key, row in rows.items()
-            if key in states[0]
-        ]
-        for row, _, _, tensors in self._state_rows:
-            self.table[row] = _addresses(tensors)
+        self._state_rows = []
+        for key, row in rows.items():
+            if key in states[0]:
+                tensors = [s[key] for s in self.states]
+                self.table[row] = _addresses(tensors)
+                self._state_rows.append((row, key, [s[key] for s in states], tensors, list(map(_nbytes, tensors))))
         self._all_states = states
+        self._maps = [s.get("qmap1") for s in states]
         self._shapes = list(map(_shape, operands))
         self._contiguous = all(map(_is_contiguous, operands))
         self._in_place: Sequence[Tensor] = ()
@@ -100,7 +101,7 @@ class Batch:
         """
         params = self._local(self.params)
         grads: Any = [shards[p] if self.sharded else p.grad for p in self.params]
-        if not (self._params_fit(params) and self._states_fit() and self._fit(grads)):
+        if not (self._params_fit(params) and self._states_fit() and self._maps_fit() and self._fit(grads)):
             raise StaleBatch
         table = self.table
         self.operands = self._in_place = params
@@ -125,7 +126,13 @@ class Batch:
         return all(
             all(map(is_, map(itemgetter(key), self._all_states), owners))
             and np.array_equal(_addresses(tensors), self.table[row])
-            for row, key, owners, tensors in self._state_rows
+            and list(map(_nbytes, tensors)) == nbytes
+            for row, key, owners, tensors, nbytes in self._state_rows
+        )
+
+    def _maps_fit(self) -> bool:
+        return self.kind is Kind.FLOAT32 or all(
+            map(is_, map(itemgetter("qmap1"), self._all_states), self._maps)
         )
 
     def _fit(self, grads: Sequence[Tensor]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lion import state
-from lion.options import CHECKS, HYPERPARAMETERS, STATE_OPTIONS, check_group, check_value, form_of
+from lion.options import CHECKS, HYPERPARAMETERS, STATE_OPTIONS, check_group, check_value, form_of, shown
 from lion.overrides import GlobalOptimManager
 from lion.plan import parameter_name
 
@@ -50,14 +50,18 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
     for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         own = {key: group[key] for key in ("params", "param_names", *STATE_OPTIONS) if key in group}
         check_saved_group(saved, number)
-        new = {**deepcopy(dict(saved)), **own}
+        try:
+            new = {**deepcopy(dict(saved)), **own}
+        except Exception as error:
+            raise ValueError(f"Invalid state_dict: group {number} cannot be copied: {error}") from error
         new.update(check_group(new))
         new_groups.append(new)
         for index, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
             # A parameter that never had a gradient has no state, or an empty one.
-            if saved_states.get(saved_id, {}) != {}:
+            saved_state = saved_states.get(saved_id, {})
+            if not isinstance(saved_state, Mapping) or saved_state:
                 form = form_of(p, {**new, **overrides.get(id(p), {})})
-                states[p] = state.load(saved_states[saved_id], p, form, parameter_name(group, number, index))
+                states[p] = state.load(saved_state, p, form, parameter_name(group, number, index))
     return {"state": states, "param_groups": new_groups}
 
 
@@ -75,6 +79,8 @@ def check_parts(state_dict: Mapping[str, Any]) -> None:
     for number, saved in enumerate(state_dict["param_groups"]):
         if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list):
             raise ValueError(f"Invalid state_dict: group {number} must be a dict with a list under the key 'params'")
+        if not isinstance(saved.get("param_names", []), (list, tuple)):
+            raise ValueError(f"Invalid state_dict: group {number}: 'param_names' must be a list")
 
 
 def check_saved_group(saved: Mapping[str, Any], number: int) -> None:
@@ -93,8 +99,9 @@ def check_saved_group(saved: Mapping[str, Any], number: int) -> None:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"Invalid state_dict: group {number}: {key!r}: {error}") from None
     for key, harmless in _OTHER_ALGORITHMS.items():
-        if saved.get(key, harmless) not in (harmless, None):
-            raise ValueError(f"Invalid state_dict: group {number}: {key}={saved[key]!r} has no counterpart here")
+        value = saved.get(key)
+        if value is not None and not (isinstance(value, (bool, int, float)) and value == harmless):
+            raise ValueError(f"Invalid state_dict: group {number}: {key}={shown(value)} has no counterpart here")
 
 
 def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
@@ -123,7 +130,7 @@ def _parts(
         raise ValueError("Invalid state_dict: 'params' must hold the keys of its states")
     if len(set(ids)) != len(ids):
         raise ValueError("Invalid state_dict: a parameter is in 'params' more than once")
-    unknown = [saved_id for saved_id in state_dict["state"] if saved_id not in set(ids)]
+    unknown = list(state_dict["state"].keys() - set(ids))
     if unknown:
         raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[0]!r} of its states")
     return saved_groups, state_dict["state"]

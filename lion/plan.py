@@ -207,6 +207,8 @@ def check_parameter(p: Tensor, name: str) -> None:
         raise TypeError(f"Invalid {name}: its placements are {p.placements}; sharded and replicated ones are supported")
     if p.dtype not in backends.DTYPES:
         raise TypeError(f"Invalid {name}: {p.dtype}; {', '.join(map(str, backends.DTYPES))} are supported")
+    if p.is_neg():
+        raise TypeError(f"Invalid {name}: a view with the negative bit; resolve_neg() makes it an ordinary tensor")
 
 
 def _check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
@@ -224,6 +226,9 @@ def _check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
     memory = sharding.local(p)
     if any(stride == 0 and size > 1 for stride, size in zip(memory.stride(), memory.shape, strict=True)):
         raise ValueError(f"Invalid {name}: its elements share memory (strides {p.stride()})")
+    for what, tensor in ((name, p), (f"gradient of {name}", grad)):
+        if not state.has_memory(tensor):
+            raise ValueError(f"Invalid {what}: it reaches beyond the end of its memory")
 
 
 def _coefficients(group: Group, override: Mapping[str, Any], device: torch.device) -> StepCoefficients:

@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 import reference
 from lion import functional, paging, sharding
-from lion.options import Form, Kind
+from lion.options import Form, Kind, shown
 
 State = dict[str, Any]
 
@@ -137,10 +137,15 @@ def check(state: State, p: Tensor, name: str) -> None:
     """
     check_contents(state, p, name)
     for key, value in state.items():
-        if value.device != p.device or not value.is_contiguous():
+        if value.device != p.device or not value.is_contiguous() or value.is_neg():
             raise ValueError(
                 f"Invalid state of {name}: {key!r} must be contiguous and on {p.device}; it is on {value.device}"
             )
+    # The kernels have the map built in.
+    shared = functional.shared_dynamic_map(p.device)
+    qmap = state.get("qmap1", shared)
+    if qmap is not shared and not torch.equal(qmap, shared):
+        raise ValueError(f"Invalid state of {name}: 'qmap1' is not the dynamic map; load_state_dict converts others")
 
 
 def load(saved: object, p: Tensor, form: Form, name: str) -> State:
@@ -215,12 +220,24 @@ def _flattened(saved: object, name: str) -> State:
         try:
             step = torch.tensor(float(step), device="cpu")
         except OverflowError:
-            raise ValueError(f"Invalid state of {name}: 'step' is {step}; that is too large") from None
-    if isinstance(step, Tensor) and step.numel() == 1:
-        flat["step"] = step = step.reshape(()).to(torch.float32)
-        if not (step >= 0 and step == step.floor() and step.isfinite()):
-            raise ValueError(f"Invalid state of {name}: 'step' is {step.item()}; a whole number from 0 up is needed")
+            raise ValueError(f"Invalid state of {name}: 'step' is {shown(step)}; that is too large") from None
+    if _is_dense(step) and step.numel() == 1 and not step.is_complex():
+        flat["step"] = step = step.detach().reshape(()).to(torch.float32)
+        # The kernels take it as an int64.
+        if not (0 <= step < 2**63 and step == step.floor()):
+            raise ValueError(f"Invalid state of {name}: 'step' is {step.item()}; a whole number below 2^63 is needed")
     return flat
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a dense tensor lies within its storage, which may have been made smaller."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()
+
+
+def _is_dense(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: int = reference.BLOCK_SIZE) -> None:
@@ -230,14 +247,16 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
         ValueError: Naming the parameter and the key.
     """
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            found = value.layout if isinstance(value, Tensor) else type(value).__name__
+        if not _is_dense(value):
+            found = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"Invalid state of {name}: {key!r} must be a dense tensor, not {found}")
         if sharding.is_sharded(value):
             raise ValueError(
                 f"Invalid state of {name}: {key!r} is a DTensor, unlike the parameter; "
                 "get_optimizer_state_dict with full_state_dict=True gathers 32-bit state"
             )
+        if not has_memory(value):
+            raise ValueError(f"Invalid state of {name}: {key!r} reaches beyond the end of its memory")
     if "state1" not in state:
         raise ValueError(f"Invalid state of {name}: the key 'state1' is missing")
     if state["state1"].dtype not in (torch.float32, torch.uint8):
