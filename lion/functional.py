@@ -13,7 +13,7 @@ from torch import Tensor
 
 import reference
 from lion import backends
-from lion.options import integer
+from lion.options import flag, integer
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -47,9 +47,11 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
         float32 CPU tensor of shape (256,), ascending.
 
     Raises:
+        TypeError: If an argument has the wrong type.
         ValueError: If the bits do not fit.
     """
-    return torch.from_numpy(reference.create_dynamic_map(signed, max_exponent_bits, total_bits))
+    bits = integer("max_exponent_bits", max_exponent_bits), integer("total_bits", total_bits)
+    return torch.from_numpy(reference.create_dynamic_map(flag("signed", signed), *bits))
 
 
 @lru_cache
@@ -129,16 +131,17 @@ def dequantize_blockwise(
         quant_state = QuantState(absmax, _checked_map(code, A.device), integer("blocksize", blocksize), torch.float32)
     if not isinstance(quant_state, QuantState):
         raise TypeError(f"Invalid quant_state: {type(quant_state).__name__}; QuantState is needed")
-    count = _block_count(A.numel(), quant_state.blocksize)
+    if quant_state.dtype not in backends.DTYPES:
+        raise TypeError(f"Invalid dtype: {quant_state.dtype}; {', '.join(map(str, backends.DTYPES))} allowed")
+    blocksize = integer("blocksize", quant_state.blocksize)
+    count = _block_count(A.numel(), blocksize)
     _check_buffer("absmax", quant_state.absmax, torch.float32, (count,), A.device)
     if out is None:
         out = torch.empty(A.shape, dtype=quant_state.dtype, device=A.device)
     _check_dtype("out", out, tuple(backends.DTYPES))
     _check_buffer("out", out, out.dtype, tuple(A.shape), A.device)
     qmap = _checked_map(quant_state.code, A.device)
-    backends.for_device(A.device).dequantize_blockwise(
-        A.contiguous(), quant_state.absmax, out, qmap, quant_state.blocksize
-    )
+    backends.for_device(A.device).dequantize_blockwise(_plain(A), quant_state.absmax, out, qmap, blocksize)
     return out
 
 
@@ -173,7 +176,7 @@ def percentile_clipping(
     grad = _plain(grad)
     scale = backend.percentile_clipping(grad, gnorm_vec, step, percentile)
     norm = _sqrt(backend.squared_norm(grad))
-    threshold = _sqrt(gnorm_vec.sort().values[percentile])
+    threshold = _sqrt(gnorm_vec.detach().sort().values[percentile])
     return norm, threshold, scale
 
 
@@ -186,9 +189,9 @@ def _block_count(numel: int, blocksize: int) -> int:
 def _checked_map(code: Tensor | None, device: torch.device) -> Tensor:
     if code is None:
         return shared_dynamic_map(device)
-    if not isinstance(code, Tensor):
-        raise TypeError(f"Invalid code: {type(code).__name__}; a tensor is needed")
-    reference.quantize_thresholds(code.detach().cpu().numpy())
+    _check_dtype("code", code, (torch.float32,))
+    code = _plain(code)
+    reference.quantize_thresholds(code.cpu().numpy())
     return code.to(device)
 
 
@@ -203,8 +206,8 @@ def _sqrt(squared: Tensor) -> Tensor:
 
 
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        found = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+        found = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"Invalid {name}: {found}; a dense tensor is needed")
     if tensor.dtype not in allowed:
         raise TypeError(f"Invalid {name}: {tensor.dtype}; {', '.join(map(str, allowed))} allowed")
@@ -214,7 +217,7 @@ def _check_buffer(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"Invalid {name}: {found}; a tensor of {dtype} is needed")
-    if tuple(tensor.shape) != shape or tensor.device != device or not tensor.is_contiguous():
+    if tuple(tensor.shape) != shape or tensor.device != device or not tensor.is_contiguous() or tensor.is_neg():
         raise ValueError(
             f"Invalid {name}: shape {tuple(tensor.shape)} on {tensor.device}; "
             f"contiguous of shape {shape} on {device} is needed"
