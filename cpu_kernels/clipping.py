@@ -137,7 +137,7 @@ def _clip_kernel() -> Any:
                     for i in range(HISTORY):
                         store("float32", gnorm_vec, i, squared)
                 else:
-                    place = (np.int64(load("float32", steps[tensor], 0)) + 1) % HISTORY
+                    place = np.int64(load("float32", steps[tensor], 0) + np.float32(1.0)) % HISTORY
                     history[place] = squared
                     store("float32", gnorm_vec, place, squared)
                 history.sort()
