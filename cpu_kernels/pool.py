@@ -59,17 +59,21 @@ class _Pool:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.jobs: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self.workers = 0
+        self.workers: list[threading.Thread] = []
 
     def submit(self, count: int, *job: Any) -> None:
         with self.lock:
-            while self.workers < count:
+            # A worker that was killed would leave its jobs, and all that they hold, in the queue.
+            self.workers = [worker for worker in self.workers if worker.is_alive()]
+            while len(self.workers) < count:
+                worker = threading.Thread(target=_work, args=(self.jobs,), name="lion-worker", daemon=True)
                 try:
-                    threading.Thread(target=_work, args=(self.jobs,), name="lion-worker", daemon=True).start()
+                    worker.start()
                 except RuntimeError:  # no more threads to be had: the caller does the work
                     break
-                self.workers += 1
-        for _ in range(min(count, self.workers)):
+                self.workers.append(worker)
+            available = len(self.workers)
+        for _ in range(min(count, available)):
             self.jobs.put(job)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import reference
 from lion import backends
-from lion.options import flag, integer
+from lion.options import flag, integer, shown
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -131,8 +131,8 @@ def dequantize_blockwise(
         quant_state = QuantState(absmax, _checked_map(code, A.device), integer("blocksize", blocksize), torch.float32)
     if not isinstance(quant_state, QuantState):
         raise TypeError(f"Invalid quant_state: {type(quant_state).__name__}; QuantState is needed")
-    if quant_state.dtype not in backends.DTYPES:
-        raise TypeError(f"Invalid dtype: {quant_state.dtype}; {', '.join(map(str, backends.DTYPES))} allowed")
+    if not isinstance(quant_state.dtype, torch.dtype) or quant_state.dtype not in backends.DTYPES:
+        raise TypeError(f"Invalid dtype: {shown(quant_state.dtype)}; {', '.join(map(str, backends.DTYPES))} allowed")
     blocksize = integer("blocksize", quant_state.blocksize)
     count = _block_count(A.numel(), blocksize)
     _check_buffer("absmax", quant_state.absmax, torch.float32, (count,), A.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -136,6 +136,8 @@ class Lion(Optimizer):
         Raises:
             ValueError: If an option, a gradient or a state is not allowed; nothing has changed then.
             TypeError: If a gradient's dtype or layout is not supported; nothing has changed then.
+            BaseException: Whatever stops a step halfway, an interrupt for instance. Its ``__cause__`` is then a
+                RuntimeError that names the parameters that have moved; the next step goes on from there.
         """
         loss = None
         if closure is not None:
@@ -152,20 +154,43 @@ class Lion(Optimizer):
         self._stepped = self._stepped or bool(batches or plan.meshes)
         try:
             plan.sum_norms(batches, loss_scale)
-            if skips:
-                return loss
-            # torch.distributed.checkpoint makes state by such a step; what follows shall not notice.
-            if first and plan.changes_nothing(batches):
-                return loss
+            # torch.distributed.checkpoint makes state by a first step of zeros; what follows shall not notice.
+            if not skips and not (first and plan.changes_nothing(batches)):
+                self._update(batches, loss_scale)
+        finally:
+            for batch, _ in batches:
+                batch.release()
+        return loss
+
+    def _update(self, batches: Sequence[tuple[Batch, StepCoefficients]], loss_scale: LossScale) -> None:
+        done = 0
+        try:
             for batch, _ in batches:
                 torch.autograd.graph.increment_version(batch.params)
             for batch, coefficients in batches:
                 backends.for_device(batch.device).update(batch, coefficients, loss_scale)
                 batch.finish()
-        finally:
-            for batch, _ in batches:
-                batch.release()
-        return loss
+                done += 1
+        except BaseException as error:
+            self._plan = None
+            raise error from self._halfway([batch.params for batch, _ in batches], done, error.__cause__)
+
+    def _halfway(self, batches: Sequence[Sequence[Tensor]], done: int, cause: BaseException | None) -> RuntimeError:
+        """Return the exception that tells which batches of a step have been updated."""
+        names = {
+            p: parameter_name(group, number, index)
+            for number, group in enumerate(self.param_groups)
+            for index, p in enumerate(group["params"])
+        }
+        updated, uncertain = (
+            [names[p] for batch in some for p in batch] for some in (batches[:done], batches[done:][:1])
+        )
+        report = RuntimeError(
+            f"The step stopped halfway. Updated: {_shortened(updated)}. "
+            f"Updated or not, perhaps in part: {_shortened(uncertain)}. Unchanged: all others."
+        )
+        report.__cause__ = cause
+        return report
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state and the hyperparameters of a checkpoint; all or nothing.
@@ -234,6 +259,12 @@ class Lion(Optimizer):
             raise TypeError("Invalid gradient or parameter: its memory cannot be addressed") from None
         self._plan = plan
         return plan, prepared
+
+
+def _shortened(names: Sequence[str]) -> str:
+    """Return names for a sentence, the first 20 of them if there are more."""
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return (", ".join(names[:20]) or "none") + more
 
 
 class Lion8bit(Lion):
