@@ -131,9 +131,7 @@ class Batch:
         )
 
     def _maps_fit(self) -> bool:
-        return self.kind is Kind.FLOAT32 or all(
-            map(is_, map(itemgetter("qmap1"), self._all_states), self._maps)
-        )
+        return self.kind is Kind.FLOAT32 or all(map(is_, map(itemgetter("qmap1"), self._all_states), self._maps))
 
     def _fit(self, grads: Sequence[Tensor]) -> bool:
         return set(map(_dtype, grads)) == {self.dtype} and np.array_equal(_counts(grads), self.table[SIZE])

@@ -101,6 +101,8 @@ class Lion(Optimizer):
             ValueError: If a value is not allowed.
             TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
         """
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ValueError("Invalid parameter group: the key 'params' is missing")
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -245,12 +247,13 @@ class Lion(Optimizer):
         signature = (manager.version, paging.forks(), options)
         # Before anything that one process may do and another not: it may have to gather.
         shards = sharding.local_gradients(params)
-        if self._plan is not None and self._plan.fits(params, self.state, signature):
-            try:
+        try:
+            if self._plan is not None and self._plan.fits(params, self.state, signature):
                 return self._plan, self._plan.refreshed(shards)
-            # A tensor without memory raises RuntimeError, a state without a key KeyError; a new plan says it better.
-            except (StaleBatch, RuntimeError, KeyError):
-                pass
+        # A tensor without memory raises RuntimeError, a state without a key KeyError, an option that cannot be compared
+        # whatever it likes: a new plan says it better.
+        except Exception:
+            pass
         self._plan = None
         plan = Plan(groups, self.state, manager.lookup(), signature)
         try:

@@ -90,7 +90,7 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
         new = adapted(local_state, sharding.local(p), form, name)
         return state if new is local_state else sharding.wrapped(new, p)
     step = state.get("step")
-    if isinstance(step, Tensor) and step.device != p.device:
+    if isinstance(step, Tensor) and step.device != p.device and not step.is_meta:
         # There torch's ZeroRedundancyOptimizer puts it when it loads.
         state = {**state, "step": step.to(p.device)}
     check(state, p, name)

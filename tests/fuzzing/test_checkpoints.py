@@ -54,12 +54,12 @@ SAME: dict[str, Callable[[torch.Tensor], Any]] = {
     "negative view": lambda t: torch._neg_view(-t),
 }
 OTHER: dict[str, Callable[[torch.Tensor], Any]] = {
-    "expanded": lambda t: t.reshape(-1)[:1].expand(t.shape) if t.dim() < 2 else t[:1].expand(t.shape),
+    "expanded": lambda t: t.reshape(-1)[:1].expand(max(t.numel(), 2)),
     "double": lambda t: t.double(),
     "half": lambda t: t.half(),
     "complex": lambda t: t.to(torch.complex64),
     "conjugate": lambda t: t.to(torch.complex64).conj(),
-    "bits": lambda t: t.view(torch.int8),
+    "bits": lambda t: t.reshape(-1).view(torch.int8),
     "meta": lambda t: t.to("meta"),
     "sparse": lambda t: t.to_sparse(),
     "csr": lambda t: t.reshape(1, -1).float().to_sparse_csr(),
@@ -91,8 +91,15 @@ def random_bits(tensor: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.where(values == 0, np.float32(0), values))
 
 
+def is_pristine(tensor: torch.Tensor) -> bool:
+    dense = tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_meta
+    return dense and tensor.dtype in (torch.float32, torch.uint8) and tensor.numel() > 0 and tensor.is_leaf
+
+
 def mutate(data: st.DataObject, saved: dict[str, Any]) -> bool:
     """Change a state dict somewhere; return whether it says the same as before."""
+    if not isinstance(saved.get("state"), dict) or not isinstance(saved.get("param_groups"), list):
+        return False
     state = saved["state"].get(data.draw(st.sampled_from([0, 1])))
     group = saved["param_groups"][data.draw(st.sampled_from([0, -1]))] if saved["param_groups"] else {}
     way = data.draw(
@@ -100,7 +107,8 @@ def mutate(data: st.DataObject, saved: dict[str, Any]) -> bool:
     )
     if not isinstance(state, dict) or not isinstance(group, dict):
         return False
-    tensors = [key for key, value in state.items() if type(value) is torch.Tensor]
+    # What was changed before is left alone: not every change can be made to every tensor.
+    tensors = [key for key, value in state.items() if type(value) is torch.Tensor and is_pristine(value)]
     if way in ("same", "other", "bits") and tensors:
         key = data.draw(st.sampled_from(tensors))
         if way == "same":
