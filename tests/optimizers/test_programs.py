@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
+import pickle
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 import lion
 import reference
-from tests.optimizers.support import DTYPES, QMAP, ByHand, parameter, set_gradients
+from tests.optimizers.support import DTYPES, QMAP, VARIANTS, ByHand, parameter, set_gradients
 
 SIZES = (0, 1, 255, 600, 4096, 100_000)  # the last one is paged where asked
 OPTIONS = {
@@ -77,15 +78,15 @@ def then_step(**strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., N
 class Program(RuleBasedStateMachine):
     """An optimizer, and by-hand copies of its parameters."""
 
-    @initialize(seed=some_seed, bits=st.sampled_from([8, 32]), count=st.integers(1, 5))
-    def make(self, seed, bits, count):
+    @initialize(make=st.sampled_from(list(VARIANTS.values())), seed=some_seed, count=st.integers(1, 5))
+    def make(self, make, seed, count):
         self.manager = lion.GlobalOptimManager.get_instance()
         self.manager.initialize()
         self.params, self.copies, self.overrides, self.kept = [], [], [], []
-        self.steps, self.chosen = 0, list(range(count))
+        self.steps, self.chosen, self.shares = 0, list(range(count)), False
         for i in range(count):
             self.new_parameter(seed + i)
-        self.optimizer = lion.Lion(self.params, lr=1e-3, optim_bits=bits, min_8bit_size=0)
+        self.optimizer = make(self.params, lr=1e-3, min_8bit_size=0)
 
     def teardown(self):
         lion.GlobalOptimManager.get_instance().initialize()
@@ -197,6 +198,7 @@ class Program(RuleBasedStateMachine):
             tensor.data = tensor.data.clone()
         else:
             tensor.share_memory_()
+            self.shares = True
         if way != "share":
             self.kept.append(old.fill_(77))
 
@@ -213,10 +215,10 @@ class Program(RuleBasedStateMachine):
         if way == "deepcopy of the state_dict":
             saved = copy.deepcopy(saved)
         if way == "file":
-            file = io.BytesIO()
-            torch.save(saved, file)
-            file.seek(0)
-            saved = torch.load(file, weights_only=True)
+            with tempfile.TemporaryFile() as file:
+                torch.save(saved, file)
+                file.seek(0)
+                saved = torch.load(file, weights_only=True)
         self.optimizer.load_state_dict(saved)
         for i, p in enumerate(self.params):
             if p in self.optimizer.state:
@@ -224,12 +226,10 @@ class Program(RuleBasedStateMachine):
                 adapt(self.copies[i], *(options[key] for key in ADAPTED))
                 self.copies[i].check(p, self.optimizer, f"parameter {i} after loading")
 
-    @then_step()
-    def go_on_with_a_deepcopy(self):
+    @then_step(way=st.sampled_from([copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))]))
+    def go_on_with_a_copy(self, way):
         """Overrides stay with the old parameters."""
-        new = {}
-        self.optimizer = copy.deepcopy(self.optimizer, new)
-        self.params = [new[id(p)] for p in self.params]
+        self.optimizer, self.params = way((self.optimizer, self.params))
         self.overrides = [{} for _ in self.params]
 
     @then_step(i=index)
