@@ -1,8 +1,8 @@
 """Runs random programs for a time, watching memory and files: ``python -m tests.soak --minutes 5``.
 
-After a fifth of the time for warming up, resident memory may grow by ``GROWTH`` in all, however long the run: of a
-few programs each, with parameters of up to 1.5 MB, the allocator keeps more or less. Open files, and files in the
-folder for temporary ones, may not grow at all.
+After a fifth of the time, for warming up, resident memory may grow by at most ``GROWTH``, however long the run goes on:
+less than the allocator's ups and downs cannot be told from a leak. Open files, and files in the folder for temporary
+ones, may not become more at all.
 """
 
 from __future__ import annotations
