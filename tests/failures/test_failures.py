@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -235,8 +236,8 @@ def test_keyboard_interrupt():
             lines.append(line)
             if line == "stepping\n":
                 time.sleep(random.uniform(0.005, 0.05))
-                process.send_signal(2)
+                process.send_signal(signal.SIGINT)
     assert process.returncode == 0
     assert lines.count("stepping\n") == 20
-    # Of the others, some came between two steps.
+    # The others came between two steps.
     assert lines.count("reported\n") >= 5
