@@ -54,7 +54,7 @@ class Batch:
         self.kind = kind
         self.percentile = percentile
         self.params = params
-        self.sharded = sharding.is_sharded(params[0])
+        self.sharded = sharding.is_dtensor(params[0])
         self.states = states
         if self.sharded:
             self.states = [

@@ -137,7 +137,7 @@ def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
     states = {}
     for key, own in state_dict["state"].items():
         _check(key, own)
-        if sharding.is_sharded(own["state1"]):
+        if sharding.is_dtensor(own["state1"]):
             raise ValueError(f"Invalid state of parameter {key!r}: a DTensor; bitsandbytes' optimizers have none")
         new = dict(own, step=int(own["step"]))
         if "max1" in own:
@@ -153,5 +153,5 @@ def _check(key: object, own: Any) -> None:
     name = f"parameter {key!r}"
     if not isinstance(own, Mapping) or not isinstance(own.get("state1"), Tensor):
         raise ValueError(f"Invalid state of {name}: a dict with a tensor 'state1' is needed")
-    if not sharding.is_sharded(own["state1"]):
+    if not sharding.is_dtensor(own["state1"]):
         state.check_contents(own, own["state1"], name)

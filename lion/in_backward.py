@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lion.optimizers import Lion
 from lion.plan import parameter_name
-from lion.sharding import is_sharded
+from lion.sharding import is_dtensor
 
 _owners = WeakTensorKeyDictionary()
 
@@ -53,7 +53,7 @@ class StepInBackward:
                     raise ValueError(f"Invalid optimizer: it holds {name} twice")
                 if p in _owners and _owners[p]() is not None:
                     raise ValueError(f"Invalid optimizer: {name} is stepped in backward already")
-                if processes > 1 and not is_sharded(p):
+                if processes > 1 and not is_dtensor(p):
                     raise ValueError(
                         f"Invalid optimizer: {name} is not sharded; each of the {processes} processes would step on "
                         "its own gradient"

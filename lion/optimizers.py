@@ -148,7 +148,7 @@ class Lion(Optimizer):
         loss_scale = LossScale.of(self)
         on_host = loss_scale.found_inf is not None and loss_scale.found_inf.device.type == "cpu"
         skips = on_host and loss_scale.skips()
-        if skips and not any(sharding.is_sharded(p) for group in self.param_groups for p in group["params"]):
+        if skips and not any(sharding.is_dtensor(p) for group in self.param_groups for p in group["params"]):
             return loss
         first = not self._stepped
         plan, batches = self._prepared()

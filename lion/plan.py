@@ -58,7 +58,7 @@ class Plan:
         # Parameters whose norms have to be summed over their shards, whether they have a gradient here or not.
         self._norms: dict[_Shards, dict[Tensor, int]] = {}
         self._groups = groups
-        sharded = [p for group in groups for p in group["params"] if sharding.is_sharded(p)]
+        sharded = [p for group in groups for p in group["params"] if sharding.is_dtensor(p)]
         self.meshes = {p.device_mesh: None for p in sharded}
         members: list[tuple[Tensor, str, int, Mapping[str, Any]]] = []
         for number, group in enumerate(groups):
@@ -99,7 +99,7 @@ class Plan:
             paged_bytes += sharding.local(new_states[p]["state1"]).nbytes if form.paged else 0
             turn = turns[memory.data_ptr()] if memory.numel() else 0
             turns[memory.data_ptr()] += 1
-            layout = _shards(p, options), sharding.is_sharded(p)
+            layout = _shards(p, options), sharding.is_dtensor(p)
             key = (form, percentile, number, hyperparameters, p.device, p.dtype, layout, form.paged and portion, turn)
             batches.setdefault(key, []).append(p)
         states.update(new_states)
@@ -187,7 +187,7 @@ class Plan:
 
 def _shards(p: Tensor, options: Mapping[str, Any]) -> _Shards | None:
     """Return what the norm of a parameter's gradient has to be summed over, if it is clipped and has shards."""
-    if options["percentile_clipping"] < 100 and sharding.is_sharded(p):
+    if options["percentile_clipping"] < 100 and sharding.is_dtensor(p):
         dimensions = sharding.mesh_dimensions(p)
         return (p.device_mesh, dimensions) if dimensions else None
     return None
@@ -203,7 +203,7 @@ def check_parameter(p: Tensor, name: str) -> None:
     """Raise unless a parameter's dtype and layout are supported."""
     if p.layout != torch.strided:
         raise TypeError(f"Invalid {name}: layout {p.layout}; dense tensors are supported")
-    if sharding.is_sharded(p) and any(placement.is_partial() for placement in p.placements):
+    if sharding.is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
         raise TypeError(f"Invalid {name}: its placements are {p.placements}; sharded and replicated ones are supported")
     if p.dtype not in backends.DTYPES:
         raise TypeError(f"Invalid {name}: {p.dtype}; {', '.join(map(str, backends.DTYPES))} are supported")
@@ -214,7 +214,7 @@ def check_parameter(p: Tensor, name: str) -> None:
 def _check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
     if grad.layout != torch.strided:
         raise TypeError(f"Invalid gradient of {name}: layout {grad.layout}; dense tensors are supported")
-    if sharding.is_sharded(grad) != sharding.is_sharded(p):
+    if sharding.is_dtensor(grad) != sharding.is_dtensor(p):
         raise TypeError(
             f"Invalid gradient of {name}: {type(grad).__name__}; a DTensor is needed where the parameter is one"
         )

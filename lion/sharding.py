@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _PER_SHARD = ("absmax1", "max1", "new_max1")
 
 
-def is_sharded(tensor: object) -> TypeGuard[DTensor]:
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Return whether a tensor is a DTensor."""
     # Where nobody imported the module, there is none, and importing it takes long.
     module = sys.modules.get("torch.distributed.tensor")
@@ -36,7 +36,7 @@ def is_sharded(tensor: object) -> TypeGuard[DTensor]:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's shard of a DTensor, sharing its memory; any other tensor itself."""
-    if not is_sharded(tensor):
+    if not is_dtensor(tensor):
         return tensor
     with torch.no_grad():
         shard = tensor.to_local()
@@ -52,12 +52,12 @@ def local_gradients(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     """
     if "torch.distributed.tensor" not in sys.modules:
         return {}
-    return {p: _local_gradient(p) for p in params if is_sharded(p)}
+    return {p: _local_gradient(p) for p in params if is_dtensor(p)}
 
 
 def _local_gradient(p: DTensor) -> Tensor:
     grad: Any = p.grad
-    if is_sharded(grad) and (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh):
+    if is_dtensor(grad) and (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh):
         grad = grad.redistribute(p.device_mesh, p.placements)
     return local(grad)
 

@@ -52,7 +52,7 @@ def create(p: Tensor, form: Form) -> State:
     Raises:
         OSError: If there is no room or no permission for paged state.
     """
-    if sharding.is_sharded(p):
+    if sharding.is_dtensor(p):
         return sharding.wrapped(create(sharding.local(p), form), p)
     state: State = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     if form.kind is Kind.FLOAT32:
@@ -84,7 +84,7 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
     """
     if not state:
         return create(p, form)
-    if sharding.is_sharded(p):
+    if sharding.is_dtensor(p):
         _check_sharded(state, name)
         local_state = sharding.unwrapped(state, p, name)
         new = adapted(local_state, sharding.local(p), form, name)
@@ -114,7 +114,7 @@ def placed(state: State, paged: bool) -> State:
         OSError: If there is no room or no permission for paged state.
     """
     momentum = state["state1"]
-    if sharding.is_sharded(momentum):
+    if sharding.is_dtensor(momentum):
         local_state = sharding.unwrapped(state, momentum, "a parameter")
         new = placed(local_state, paged)
         return state if new is local_state else sharding.wrapped(new, momentum)
@@ -165,8 +165,8 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
         OSError: If there is no room or no permission for paged state.
     """
     flat = _flattened(saved, name)
-    if sharding.is_sharded(p):
-        if sharding.is_sharded(flat.get("state1")):
+    if sharding.is_dtensor(p):
+        if sharding.is_dtensor(flat.get("state1")):
             _check_sharded(flat, name)
             local_state = sharding.unwrapped(flat, p, name)
         else:
@@ -202,7 +202,7 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
 def _check_sharded(state: State, name: str) -> None:
     """Raise unless the tensors that a DTensor's state keeps for its elements and blocks are DTensors."""
     for key in ("state1", *_ROWS):
-        if key in state and not sharding.is_sharded(state[key]):
+        if key in state and not sharding.is_dtensor(state[key]):
             raise ValueError(f"Invalid state of {name}: {key!r} must be a DTensor, like the parameter")
 
 
@@ -250,7 +250,7 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
         if not _is_dense(value):
             found = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"Invalid state of {name}: {key!r} must be a dense tensor, not {found}")
-        if sharding.is_sharded(value):
+        if sharding.is_dtensor(value):
             raise ValueError(
                 f"Invalid state of {name}: {key!r} is a DTensor, unlike the parameter; "
                 "get_optimizer_state_dict with full_state_dict=True gathers 32-bit state"
@@ -294,7 +294,7 @@ def momentum(state: State, block_size: int = reference.BLOCK_SIZE) -> Tensor:
     kind, stored = kind_in(state), state["state1"]
     if kind is Kind.FLOAT32:
         return stored
-    if sharding.is_sharded(stored):
+    if sharding.is_dtensor(stored):
         local_state = sharding.unwrapped(state, stored, "a parameter")
         return sharding.wrapped({"state1": momentum(local_state)}, stored)["state1"]
     if kind is Kind.TENSORWISE:
