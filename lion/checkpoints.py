@@ -109,8 +109,11 @@ def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Map
 
     Names that differ as such, by a wrapper's prefix for instance, say nothing about the order.
     """
-    own, saved = ([name for group in some for name in group.get("param_names", [])] for some in (groups, saved_groups))
-    if own != saved and sorted(map(str, own)) == sorted(map(str, saved)):
+    own, saved = (
+        [name if isinstance(name, str) else shown(name) for group in some for name in group.get("param_names", [])]
+        for some in (groups, saved_groups)
+    )
+    if own != saved and sorted(own) == sorted(saved):
         first = next(pair for pair in zip(own, saved, strict=True) if pair[0] != pair[1])
         raise ValueError(f"Invalid state_dict: its 'param_names' have {first[1]!r} where {first[0]!r} is needed")
 

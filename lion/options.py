@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from enum import Enum
 from itertools import islice
 from typing import Any, NamedTuple
@@ -101,7 +101,7 @@ def _weight_decay(key: str, weight_decay: Any) -> float:
 
 def _betas(key: str, betas: Any) -> tuple[float, float]:
     try:
-        pair = () if isinstance(betas, (Set, Mapping)) else tuple(islice(betas, 3))
+        pair = () if isinstance(betas, (Iterator, Mapping, Set)) else tuple(islice(betas, 3))
     except Exception as error:
         raise TypeError(f"Invalid betas: {shown(betas)}; a pair of numbers is allowed") from error
     if len(pair) != 2:

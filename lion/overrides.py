@@ -97,11 +97,14 @@ class GlobalOptimManager:
                 raise ValueError(f"Invalid key: {key!r} is also in key_value_dict; one of them is allowed")
             config[key] = value
         config = _checked(config)
-        if not isinstance(parameters, Iterable):
-            raise TypeError(f"Invalid parameters: {shown(parameters)}; tensors are allowed")
-        tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        for p in tensors:
+        try:
+            items = iter([parameters] if isinstance(parameters, Tensor) else parameters)
+        except Exception as error:
+            raise TypeError(f"Invalid parameters: {shown(parameters)}; tensors are allowed") from error
+        tensors = []
+        for p in items:
             _check_tensor("parameters", p)
+            tensors.append(p)
         for p in tensors:
             self._merge(p, config)
 

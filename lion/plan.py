@@ -60,12 +60,13 @@ class Plan:
         self._groups = groups
         sharded = [p for group in groups for p in group["params"] if sharding.is_dtensor(p)]
         self.meshes = {p.device_mesh: None for p in sharded}
-        members: list[tuple[Tensor, str, int, Mapping[str, Any]]] = []
+        members: list[tuple[Tensor, str, int, Mapping[str, Any], dict[str, Any]]] = []
         for number, group in enumerate(groups):
-            check_group(group)
+            checked = check_group(group)
             for index, p in enumerate(group["params"]):
                 override = overrides.get(id(p), {})
-                shards = _shards(p, {**group, **override})
+                options = {**checked, **override}
+                shards = _shards(p, options)
                 if shards is not None:
                     places = self._norms.setdefault(shards, {})
                     places[p] = len(places)
@@ -76,7 +77,7 @@ class Plan:
                 _check_gradient(p, p.grad, name)
                 backends.for_device(p.device)
                 _coefficients(group, override, p.device)
-                members.append((p, name, number, override))
+                members.append((p, name, number, override, options))
                 self._params.append(p)
 
         new_states = {}
@@ -84,8 +85,7 @@ class Plan:
         paged_bytes = 0
         # Parameters in the same memory take turns: within one call several threads would write to it at once.
         turns: Counter[int] = Counter()
-        for p, name, number, override in members:
-            options = {**groups[number], **override}
+        for p, name, number, override, options in members:
             form, percentile = form_of(p, options), options["percentile_clipping"]
             if percentile < 100 and getattr(p, "_fsdp_flattened", False):
                 raise ValueError(

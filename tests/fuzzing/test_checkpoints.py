@@ -208,6 +208,15 @@ def test_damaged_state_dicts(data: st.DataObject, kind: str, target: str, kwargs
         step_like_the_reference(optimizer, 5)
 
 
+def test_names_that_are_no_text() -> None:
+    optimizer = made("blockwise")
+    saved = deepcopy(optimizer.state_dict())
+    saved["param_groups"][1]["param_names"] = [10**5000]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[1]["param_names"] == ["b"]
+    step_like_the_reference(optimizer, 5)
+
+
 # --- files
 
 
