@@ -226,7 +226,7 @@ def _check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
     memory = sharding.local(p)
     if any(stride == 0 and size > 1 for stride, size in zip(memory.stride(), memory.shape, strict=True)):
         raise ValueError(f"Invalid {name}: its elements share memory (strides {p.stride()})")
-    for what, tensor in ((name, p), (f"gradient of {name}", grad)):
+    for what, tensor in ((name, memory), (f"gradient of {name}", sharding.local(grad))):
         if not state.has_memory(tensor):
             raise ValueError(f"Invalid {what}: it reaches beyond the end of its memory")
 
