@@ -30,13 +30,6 @@ REFUSED = (TypeError, ValueError)
 NAMES = {"lr": "learning rate|Tensor lr", "betas": "beta", "weight_decay": "weight_decay"}
 
 
-@pytest.fixture(autouse=True)
-def no_overrides():
-    lion.GlobalOptimManager.get_instance().initialize()
-    yield
-    lion.GlobalOptimManager.get_instance().initialize()
-
-
 def step_as_reported(optimizer: lion.Lion, options: dict[str, Any]) -> None:
     """Take a step and compare it with the reference's under the options that the optimizer reports."""
     p = optimizer.param_groups[-1]["params"][0]

@@ -1,15 +1,5 @@
-"""Overrides are forgotten between tests."""
+"""Overrides are forgotten around every test."""
 
-from __future__ import annotations
+from tests.optimizers.conftest import no_overrides
 
-from collections.abc import Iterator
-
-import pytest
-
-import lion
-
-
-@pytest.fixture(autouse=True)
-def no_overrides() -> Iterator[None]:
-    yield
-    lion.GlobalOptimManager.get_instance().initialize()
+__all__ = ["no_overrides"]
