@@ -60,7 +60,7 @@ class Plan:
         self._groups = groups
         sharded = [p for group in groups for p in group["params"] if sharding.is_dtensor(p)]
         self.meshes = {p.device_mesh: None for p in sharded}
-        members: list[tuple[Tensor, str, int, Mapping[str, Any], dict[str, Any]]] = []
+        members: list[tuple[Tensor, str, int, Mapping[str, Any], dict[str, Any], _Shards | None]] = []
         for number, group in enumerate(groups):
             checked = check_group(group)
             for index, p in enumerate(group["params"]):
@@ -77,7 +77,7 @@ class Plan:
                 _check_gradient(p, p.grad, name)
                 backends.for_device(p.device)
                 _coefficients(group, override, p.device)
-                members.append((p, name, number, override, options))
+                members.append((p, name, number, override, options, shards))
                 self._params.append(p)
 
         new_states = {}
@@ -85,7 +85,7 @@ class Plan:
         paged_bytes = 0
         # Parameters in the same memory take turns: within one call several threads would write to it at once.
         turns: Counter[int] = Counter()
-        for p, name, number, override, options in members:
+        for p, name, number, override, options, shards in members:
             form, percentile = form_of(p, options), options["percentile_clipping"]
             if percentile < 100 and getattr(p, "_fsdp_flattened", False):
                 raise ValueError(
@@ -99,7 +99,7 @@ class Plan:
             paged_bytes += sharding.local(new_states[p]["state1"]).nbytes if form.paged else 0
             turn = turns[memory.data_ptr()] if memory.numel() else 0
             turns[memory.data_ptr()] += 1
-            layout = _shards(p, options), sharding.is_dtensor(p)
+            layout = shards, sharding.is_dtensor(p)
             key = (form, percentile, number, hyperparameters, p.device, p.dtype, layout, form.paged and portion, turn)
             batches.setdefault(key, []).append(p)
         states.update(new_states)
