@@ -226,6 +226,13 @@ def test_squared_norm_takes_the_last_element_of_a_chunk_of_one() -> None:
     assert_same_bits(norms, np.float32([9.0, 1.0]))
 
 
+def test_squared_norm_of_empty_tensors_between_others() -> None:
+    grads = [guarded(np.full(size, 2.0, np.float32)) for size in (0, 2, 0, 0, 4097, 1)]
+    sizes = np.array([grad.array.size for grad in grads], np.int64)
+    norms = cpu_kernels.squared_norm("float32", addresses(grads), sizes, 1)
+    assert_same_bits(norms, np.float32([0, 8, 0, 0, 4 * 4097, 4]))
+
+
 def test_squared_norm_adds_every_32nd_chunk() -> None:
     """In float64, 2**24 + 1 swallows 2**-29 twice; added to each other first, the two would decide the rounding."""
     grad = guarded(np.zeros(96 * 4096 + 2, np.float32))

@@ -146,6 +146,66 @@ def test_workers_have_left_when_an_interrupted_call_ends() -> None:
     assert interrupted == 200
 
 
+@pytest.fixture
+def fresh_pool(monkeypatch: pytest.MonkeyPatch) -> pool._Pool:
+    monkeypatch.setattr(pool, "_pool", pool._Pool())
+    return pool._pool
+
+
+def squared(sizes: npt.NDArray[np.int64], threads: int) -> npt.NDArray[np.float32]:
+    """Return the squared norms of gradients of ones."""
+    grads = [np.ones(size, np.float32) for size in sizes]
+    return cpu_kernels.squared_norm("float32", table(grads), sizes, threads)
+
+
+def test_one_worker_less_than_threads(fresh_pool: pool._Pool) -> None:
+    for threads, workers in ((1, 0), (3, 2), (2, 2)):
+        squared(np.array([10_000]), threads)
+        assert len(fresh_pool.workers) == workers
+
+
+def test_small_work_wakes_nobody(fresh_pool: pool._Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "SMALL", 10_000)
+    squared(np.array([10_000]), 2)
+    assert not fresh_pool.workers
+    squared(np.array([10_000, 1]), 2)
+    assert len(fresh_pool.workers) == 1
+
+
+def test_without_threads_to_be_had_the_caller_works_alone(
+    fresh_pool: pool._Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert_same_bits(squared(np.array([10_000, 0, 3]), 4), np.float32([10_000, 0, 3]))
+    assert fresh_pool.jobs.empty()
+
+
+def test_a_worker_that_comes_after_an_interruption_finds_no_work(fresh_pool: pool._Pool) -> None:
+    """The caller is interrupted when its job is in the queue and its only worker is busy with something else."""
+    resume, done = threading.Event(), threading.Event()
+    sizes, steps = np.array([300_000]), np.zeros(1, np.int64)
+    param, grad, momentum = (np.ones(sizes[0], np.float32) for _ in range(3))
+    kernel = cpu_kernels.lion._update_32bit_kernel("float32")
+    arguments = *map(table, ([param], [grad], [momentum])), sizes, steps, np.ones(1, np.float32), K, np.float32(1)
+
+    def interrupted(control: npt.NDArray[np.int64], *args: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        kernel(control, *args)
+
+    fresh_pool.submit(1, resume.wait)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(interrupted, 2, 300_000, *arguments)
+    resume.set()
+    fresh_pool.submit(1, done.set)
+    assert done.wait(60)
+    for array in (param, momentum):
+        assert_same_bits(array, np.ones_like(array))
+
+
 def test_a_failing_kernel_raises_for_its_caller() -> None:
     """The worker meets the same failure, reports nothing of its own, and lives on."""
     sizes = np.zeros(1, np.int64)

@@ -42,6 +42,10 @@ def _kernels(names: str, *within: str, as_python: bool = False, cpu_name: str = 
     return Run(("tests/differential/test_cpu_kernels.py", "-k", names), within, as_python, cpu_name)
 
 
+def _tests(*files: str) -> Run:
+    return Run(tuple(f"tests/{file}" for file in files))
+
+
 # A mutant that passes all its runs lives on; the runs that are quick and notice most come first.
 MODULES: dict[str, tuple[Run, ...]] = {
     "reference/clipping.py": (Run(("tests/reference/test_clipping.py",)),),
@@ -74,5 +78,52 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _kernels("not portable"),
         Run(("tests/differential/test_cpu_cache.py",)),
     ),
-    "cpu_kernels/avx512.py": (_kernels("8bit or at_thresholds"),),
+    "cpu_kernels/avx512.py": (_kernels("at_thresholds"), _kernels("8bit")),
+    "lion/backends.py": (
+        _tests("optimizers/test_numbers.py"),
+        _tests(
+            *("optimizers/test_functional.py", "optimizers/test_loss_scale.py", "optimizers/test_construction.py"),
+            *("differential/test_errors.py", "distributed/test_one_process.py", "optimizers/test_contract.py"),
+        ),
+    ),
+    "lion/batches.py": (
+        _tests("optimizers/test_tensors.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
+        _tests("optimizers/test_contract.py", "optimizers/test_programs.py", "failures", "optimizers/test_state.py"),
+    ),
+    "lion/checkpoints.py": (
+        _tests("checkpoints/test_mutations.py", "checkpoints/test_options.py", "fuzzing/test_checkpoints.py"),
+        _tests("optimizers/test_contract.py", "optimizers/test_state.py", "interop", "checkpoints/test_foreign.py"),
+    ),
+    "lion/exchange.py": (_tests("interop", "fuzzing/test_checkpoints.py", "distributed/test_one_process.py"),),
+    "lion/functional.py": (_tests("optimizers/test_functional.py", "interop", "differential/test_errors.py"),),
+    "lion/in_backward.py": (_tests("optimizers/test_in_backward.py"),),
+    "lion/loss_scale.py": (_tests("optimizers/test_loss_scale.py"), _tests("optimizers/test_contract.py")),
+    "lion/optimizers.py": (
+        _tests("interop/test_signatures.py", "optimizers/test_construction.py", "optimizers/test_loss_scale.py"),
+        _tests("optimizers/test_contract.py", "optimizers/test_torch_suite.py", "distributed/test_one_process.py"),
+        _tests("failures", "optimizers/test_overrides.py", "optimizers/test_state.py", "paging/test_fork.py"),
+        _tests("distributed/test_fsdp1.py", "distributed/test_agreement.py", "distributed/test_dcp.py"),
+    ),
+    "lion/options.py": (
+        _tests("optimizers/test_construction.py", "fuzzing/test_arguments.py"),
+        _tests("optimizers/test_contract.py", "paging/test_paged.py", "optimizers/test_overrides.py"),
+    ),
+    "lion/overrides.py": (_tests("optimizers/test_overrides.py"), _tests("fuzzing/test_arguments.py")),
+    "lion/paging.py": (_tests("paging/test_paged.py", "paging/test_fork.py", "paging/test_errors.py"),),
+    "lion/plan.py": (
+        _tests("optimizers/test_tensors.py", "optimizers/test_overrides.py", "optimizers/test_construction.py"),
+        _tests("optimizers/test_contract.py", "distributed/test_one_process.py", "optimizers/test_programs.py"),
+        _tests("fuzzing", "failures", "paging/test_paged.py", "optimizers/test_state.py"),
+        _tests("distributed/test_agreement.py", "distributed/test_fsdp2.py", "distributed/test_dcp.py"),
+    ),
+    "lion/sharding.py": (
+        _tests("distributed/test_one_process.py"),
+        _tests("distributed/test_fsdp2.py", "distributed/test_dcp.py", "distributed/test_agreement.py"),
+    ),
+    "lion/state.py": (
+        _tests("checkpoints/test_mutations.py", "checkpoints/test_options.py", "fuzzing/test_checkpoints.py"),
+        _tests("optimizers/test_overrides.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
+        _tests("optimizers/test_state.py", "interop", "paging/test_paged.py", "distributed/test_zero.py"),
+    ),
+    "lion/trainer.py": (_tests("integration/test_trainer_arguments.py"),),
 }
