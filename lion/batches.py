@@ -78,6 +78,7 @@ class Batch:
                 self._state_rows.append((row, key, [s[key] for s in states], tensors, list(map(_nbytes, tensors))))
         self._all_states = states
         self._maps = [s.get("qmap1") for s in states]
+        self._map_versions = {id(qmap): (qmap, qmap._version) for qmap in self._maps if qmap is not None}
         self._shapes = list(map(_shape, operands))
         self._contiguous = all(map(_is_contiguous, operands))
         self._in_place: Sequence[Tensor] = ()
@@ -131,7 +132,10 @@ class Batch:
         )
 
     def _maps_fit(self) -> bool:
-        return self.kind is Kind.FLOAT32 or all(map(is_, map(itemgetter("qmap1"), self._all_states), self._maps))
+        return self.kind is Kind.FLOAT32 or (
+            all(map(is_, map(itemgetter("qmap1"), self._all_states), self._maps))
+            and all(qmap._version == version for qmap, version in self._map_versions.values())
+        )
 
     def _fit(self, grads: Sequence[Tensor]) -> bool:
         return set(map(_dtype, grads)) == {self.dtype} and np.array_equal(_counts(grads), self.table[SIZE])

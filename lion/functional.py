@@ -6,7 +6,6 @@ Names and arguments are those of ``bitsandbytes.functional``; the values are tho
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -54,10 +53,20 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     return torch.from_numpy(reference.create_dynamic_map(flag("signed", signed), *bits))
 
 
-@lru_cache
+# By device: the map that states share, and its version when it was last compared.
+_shared_maps: dict[torch.device, tuple[Tensor, int]] = {}
+
+
 def shared_dynamic_map(device: torch.device) -> Tensor:
-    """Return the signed dynamic map on a device, the same tensor for all who ask."""
-    return create_dynamic_map().to(device)
+    """Return the signed dynamic map on a device: the same tensor for all who ask, until somebody writes to it."""
+    shared, version = _shared_maps.get(device, (None, 0))
+    if shared is None or shared._version != version:
+        with torch.inference_mode(False):  # where tensors have no version
+            own = create_dynamic_map().to(device)
+        # torch.distributed.checkpoint loads into the tensors of a state, most often the same values.
+        shared = shared if shared is not None and torch.equal(shared, own) else own
+        _shared_maps[device] = shared, shared._version
+    return shared
 
 
 def quantize_blockwise(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lion
+from lion import functional
 from tests.comparing import Guarded, guarded, to_numpy
 from tests.optimizers.support import (
     KINDS,
@@ -18,6 +19,7 @@ from tests.optimizers.support import (
     Variant,
     assert_unchanged,
     every_kind,
+    follow,
     parameter,
     set_gradients,
     snapshot,
@@ -172,8 +174,8 @@ def test_a_state_that_does_not_fit(kind: str, key: str, way: Callable[[dict[str,
         if key == "gnorm_vec" and way is missing:
             # A history may be missing: it begins anew.
             training.copy.history[:] = 0
-        elif key == "qmap1" and way in (resize, set_in_place, replace_data, other_type) and steps:
-            # Kernels have their own map; the state's is read only when a plan is made.
+        elif key == "qmap1" and way in (replace_data, other_type) and steps:
+            # Kernels have their own map, and a tensor's version does not tell of a change of its data.
             continue
         else:
             # Copies of the state could not be compared where it has no memory.
@@ -198,6 +200,41 @@ def test_another_map_is_not_ignored(make: Variant) -> None:
         training.refuse("'qmap1' is not the dynamic map")
         state["qmap1"] = good.clone()
         training.step()
+        state["qmap1"][3] += 1e-3
+        training.refuse("'qmap1' is not the dynamic map")
+        state["qmap1"] = good
+        training.step()
+
+
+@every_kind
+def test_the_shared_map_is_written_to(make: Variant) -> None:
+    """Those that hold it are told, and nobody else gets it; the same values change nothing."""
+    if make is KINDS["32bit"]:
+        return
+    p, q = parameter(700), parameter(700)
+    optimizer, other = make([p], **OPTIONS), make([q], **OPTIONS)
+    copies = [{p: ByHand.of(make, p, **OPTIONS)}, {q: ByHand.of(make, q, **OPTIONS)}]
+    follow(optimizer, copies[0], 2)
+    shared = optimizer.state[p]["qmap1"]
+    shared.copy_(shared.clone())
+    follow(optimizer, copies[0], 1)
+    assert optimizer.state[p]["qmap1"] is functional.shared_dynamic_map(p.device) is shared
+    shared.mul_(0.5)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="'qmap1' is not the dynamic map"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    follow(other, copies[1], 2)
+    assert other.state[q]["qmap1"] is not shared
+    shared.mul_(2.0)
+    follow(optimizer, copies[0], 1)
+
+
+def test_the_shared_map_is_made_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_shared_maps", {})
+    with torch.inference_mode():
+        made = functional.shared_dynamic_map(torch.device("cpu"))
+    assert functional.shared_dynamic_map(torch.device("cpu")) is made
 
 
 @every_kind
