@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -396,6 +397,13 @@ def test_codes_at_thresholds(update: str) -> None:
     )
     assert_same_bits(absmax, np.ones_like(absmax))
     assert_same_bits(codes, np.searchsorted(THRESHOLDS, grad, side="left").astype(np.uint8))
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads what /proc/cpuinfo says")
+def test_the_fast_code_runs_on_processors_that_have_it() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    named = {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & os.environ.keys()
+    assert avx512.AVAILABLE == ({"avx512f", "avx512bw", "avx512vbmi"} <= flags and not named)
 
 
 @pytest.mark.skipif(not avx512.AVAILABLE, reason="the portable code is what the other tests ran")

@@ -125,7 +125,7 @@ def test_block_size_out_of_range(block_size):
         F.dequantize_blockwise(torch.zeros(100, dtype=torch.uint8), absmax=torch.ones(2), blocksize=block_size)
 
 
-VALUES, CODES = torch.zeros(100), torch.zeros(100, dtype=torch.uint8)
+VALUES, CODES, QMAP = torch.zeros(100), torch.zeros(100, dtype=torch.uint8), F.create_dynamic_map()
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,9 @@ def test_quantize_refuses(arguments):
         pytest.param({"code": torch.linspace(1, -1, 256)}, id="descending map"),
         pytest.param({"out": VALUES[:50]}, id="out of another size"),
         pytest.param({"out": VALUES.double()}, id="out of another dtype"),
+        pytest.param({"quant_state": 3}, id="no QuantState"),
+        pytest.param({"quant_state": F.QuantState(torch.ones(2), QMAP, 64, "float32")}, id="name of a dtype"),
+        pytest.param({"quant_state": F.QuantState(torch.ones(2), QMAP, 64, torch.float64)}, id="another dtype"),
     ],
 )
 def test_dequantize_refuses(arguments):
@@ -203,6 +206,13 @@ def test_percentile_clipping_refuses():
         with pytest.raises((TypeError, ValueError)):
             F.percentile_clipping(**{"grad": grad, "gnorm_vec": history, "step": 1, "percentile": 5, **arguments})
         assert not history.any()
+
+
+@pytest.mark.parametrize("percentile", [1, 99])
+def test_percentile_clipping_at_the_ends(percentile):
+    history = torch.arange(100.0)
+    _, threshold, _ = F.percentile_clipping(torch.full((1,), 7.0), history, 100, percentile)
+    assert_same_bits(threshold, history.sort().values[percentile].sqrt())
 
 
 def test_percentile_clipping_defaults_to_5():

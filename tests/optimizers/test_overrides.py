@@ -49,6 +49,20 @@ OVERRIDES = {
 }
 
 
+def test_is_sparse_has_no_effect_and_says_so(manager):
+    layer = nn.Linear(2, 2)
+    calls = (
+        lambda: manager.override_config(layer.weight, key_value_dict={"is_sparse": True, "optim_bits": 8}),
+        lambda: manager.register_module_override(layer, "weight", {"is_sparse": True, "optim_bits": 8}),
+    )
+    for call in calls:
+        manager.initialize()
+        with pytest.warns(UserWarning, match="'is_sparse' has no effect") as warned:
+            call()
+        assert [warning.filename for warning in warned] == [__file__]
+        assert manager.lookup() == {id(layer.weight): {"optim_bits": 8}}
+
+
 def check_steps(optimizer, copies, steps, special=None, hyperparameters=None):
     """Step with every parameter by its group's options, and ``special`` by other hyperparameters."""
     for seed in range(steps):
