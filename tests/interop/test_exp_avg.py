@@ -106,6 +106,12 @@ def state_dict(entries, **options):
     return {"state": {0: entries}, "param_groups": [group]}
 
 
+def without_betas(**options):
+    saved = state_dict({"exp_avg": torch.zeros(3)}, **options)
+    del saved["param_groups"][0]["betas"]
+    return saved
+
+
 @pytest.mark.parametrize(
     "saved, message",
     [
@@ -115,11 +121,29 @@ def state_dict(entries, **options):
         (state_dict({"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}), "'exp_avg_sq' has no counterpart"),
         (state_dict({"exp_avg": torch.zeros(3), "kahan_comp": torch.zeros(3)}), "'kahan_comp' has no counterpart"),
         (state_dict({"exp_avg": torch.zeros(3)}, decouple_lr=True), "decouple_lr"),
+        (without_betas(), "group 0 lacks the key 'betas'"),
+        (without_betas(beta1=0.9), "group 0 lacks the key 'betas'"),
+        (without_betas(beta2=0.99), "group 0 lacks the key 'betas'"),
     ],
 )
 def test_what_cannot_be_imported(saved, message):
     with pytest.raises(ValueError, match=message):
         exchange.from_exp_avg(saved)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        without_betas(beta1=0.5, beta2=0.75),
+        state_dict({"exp_avg": torch.zeros(3)}, betas=(0.5, 0.75)),
+        state_dict({"exp_avg": torch.zeros(3)}, betas=(0.5, 0.75), beta2=0.1),
+        state_dict({"exp_avg": torch.zeros(3)}, betas=(0.5, 0.75), beta1=0.1, beta2=0.1),
+    ],
+)
+def test_betas_have_one_key_or_two(saved):
+    imported = exchange.from_exp_avg(saved)
+    assert imported["param_groups"][0]["betas"] == (0.5, 0.75)
+    assert imported["state"][0]["step"] == 0
 
 
 def test_entries_may_be_dropped():
@@ -133,3 +157,33 @@ def test_groups_that_do_not_fit():
     optimizer = lion.Lion(make_params("float32"))
     with pytest.raises(ValueError, match="param_groups"):
         exchange.to_exp_avg(optimizer.state_dict(), [{"params": [0]}])
+
+
+@pytest.mark.parametrize("keep", [[], ["step"], ["gnorm_vec"], ["step", "gnorm_vec"]])
+def test_what_is_kept(keep):
+    params = make_params("float32")
+    optimizer = lion.Lion(params, percentile_clipping=50)
+    train(optimizer, params, 0, 1)
+    saved = exchange.to_exp_avg(optimizer.state_dict(), keep=keep)
+    for p, entries in zip(params, saved["state"].values(), strict=True):
+        assert entries.keys() == {"exp_avg", *keep}
+        for key in keep:
+            assert_same_bits(entries[key], optimizer.state[p][key])
+
+
+@pytest.mark.parametrize("export", [exchange.to_exp_avg, exchange.to_bitsandbytes])
+@pytest.mark.parametrize("own", [3, {}, {"state1": 3.0}, {"exp_avg": torch.zeros(3)}], ids=str)
+def test_states_that_are_none(export, own):
+    with pytest.raises(ValueError, match="Invalid state of parameter 0: a dict with a tensor 'state1' is needed"):
+        export(state_dict(own))
+
+
+def test_bitsandbytes_groups_have_an_eps():
+    assert exchange.to_bitsandbytes(state_dict({"state1": torch.zeros(3), "step": torch.tensor(1.0)}))[
+        "param_groups"
+    ] == [{**OPTIONS, "params": [0], "eps": 0.0}]
+
+
+def test_kept_entries_have_names():
+    with pytest.raises(ValueError, match="Invalid keep: .*'qmap1'"):
+        exchange.to_exp_avg(lion.Lion(make_params("float32")).state_dict(), keep=["step", "qmap1"])
