@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 from decimal import Decimal
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import lion
-from tests.optimizers.support import CLASSES, ByHand, every_class, follow, parameter
+from tests.optimizers.support import CLASSES, ByHand, every_class, follow, parameter, set_gradients
 
 DEFAULTS = {
     "lr": 1e-4,
@@ -126,7 +127,7 @@ INVALID = [
     ({"lr": -1}, ValueError, "Invalid learning rate: -1"),
     ({"lr": -1e-9}, ValueError, "Invalid learning rate: -1e-09"),
     ({"lr": NAN}, ValueError, "Invalid learning rate: nan"),
-    ({"lr": INF}, ValueError, "Invalid learning rate: inf"),
+    ({"lr": INF}, ValueError, "Invalid learning rate: inf; at least 0 and finite"),
     ({"lr": "fast"}, TypeError, "Invalid learning rate: 'fast'"),
     ({"lr": None}, TypeError, "Invalid learning rate: None"),
     ({"lr": [1e-3]}, TypeError, "Invalid learning rate"),
@@ -147,7 +148,7 @@ INVALID = [
     ({"betas": None}, TypeError, "Invalid betas: None"),
     ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
     ({"weight_decay": NAN}, ValueError, "Invalid weight_decay value: nan"),
-    ({"weight_decay": INF}, ValueError, "Invalid weight_decay value: inf"),
+    ({"weight_decay": INF}, ValueError, "Invalid weight_decay value: inf; at least 0 and finite"),
     ({"weight_decay": "much"}, TypeError, "Invalid weight_decay value: 'much'"),
     ({"min_8bit_size": -1}, ValueError, "Invalid min_8bit_size value: -1"),
     ({"min_8bit_size": 0.5}, (TypeError, ValueError), "Invalid min_8bit_size value: 0.5"),
@@ -170,6 +171,35 @@ every_invalid = pytest.mark.parametrize(("kwargs", "error", "message"), INVALID,
 def test_invalid_argument(cls, kwargs, error, message):
     with pytest.raises(error, match=message):
         cls([parameter(2)], **kwargs)
+
+
+@every_class
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        *({"lr": 0}, {"betas": (0.0, 0.0)}, {"betas": (1 - 2.0**-53, 1 - 2.0**-53)}, {"weight_decay": 0}),
+        *({"min_8bit_size": 0}, {"percentile_clipping": 1}, {"percentile_clipping": 100}),
+    ],
+    ids=str,
+)
+def test_argument_at_the_end_of_what_is_allowed(cls, kwargs):
+    group = cls([parameter(2)], **kwargs).param_groups[0]
+    assert {key: group[key] for key in kwargs} == kwargs
+
+
+def test_least_size_for_8_bits():
+    params = [parameter(size) for size in (511, 512, 513)]
+    optimizer = lion.Lion8bit(params, min_8bit_size=512)
+    set_gradients(params, 0)
+    optimizer.step()
+    assert [optimizer.state[p]["state1"].dtype for p in params] == [torch.float32, torch.uint8, torch.uint8]
+
+
+def test_long_values_are_cut_in_errors():
+    for length, ending in ((198, "'"), (199, "...")):  # with its quotation marks, 200 and 201 characters
+        with pytest.raises(TypeError, match="a number is allowed") as caught:
+            lion.Lion([parameter(2)], lr="x" * length)
+        assert re.search("x(['.]*);", str(caught.value))[1] == ending
 
 
 @pytest.mark.parametrize("cls", [lion.Lion, lion.PagedLion])
