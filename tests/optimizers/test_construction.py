@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import types
 from decimal import Decimal
 
@@ -128,7 +127,12 @@ INVALID = [
     ({"lr": -1e-9}, ValueError, "Invalid learning rate: -1e-09"),
     ({"lr": NAN}, ValueError, "Invalid learning rate: nan"),
     ({"lr": INF}, ValueError, "Invalid learning rate: inf; at least 0 and finite"),
+    ({"lr": 1e39}, ValueError, r"Invalid learning rate: 1e\+39; it must be finite in float32"),
     ({"lr": "fast"}, TypeError, "Invalid learning rate: 'fast'"),
+    ({"lr": "0.1"}, TypeError, "Invalid learning rate: '0.1'"),
+    ({"lr": b"0.1"}, TypeError, "Invalid learning rate: b'0.1'"),
+    ({"lr": np.complex64(0.1)}, TypeError, "Invalid learning rate"),
+    ({"lr": np.str_("0.1")}, TypeError, "Invalid learning rate"),
     ({"lr": None}, TypeError, "Invalid learning rate: None"),
     ({"lr": [1e-3]}, TypeError, "Invalid learning rate"),
     ({"lr": 1j}, TypeError, "Invalid learning rate"),
@@ -149,6 +153,11 @@ INVALID = [
     ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
     ({"weight_decay": NAN}, ValueError, "Invalid weight_decay value: nan"),
     ({"weight_decay": INF}, ValueError, "Invalid weight_decay value: inf; at least 0 and finite"),
+    (
+        {"lr": 1e30, "weight_decay": 1e30},
+        ValueError,
+        r"Invalid weight_decay value: 1e\+30; 1 - lr \* weight_decay must",
+    ),
     ({"weight_decay": "much"}, TypeError, "Invalid weight_decay value: 'much'"),
     ({"min_8bit_size": -1}, ValueError, "Invalid min_8bit_size value: -1"),
     ({"min_8bit_size": 0.5}, (TypeError, ValueError), "Invalid min_8bit_size value: 0.5"),
@@ -195,11 +204,32 @@ def test_least_size_for_8_bits():
     assert [optimizer.state[p]["state1"].dtype for p in params] == [torch.float32, torch.uint8, torch.uint8]
 
 
-def test_long_values_are_cut_in_errors():
-    for length, ending in ((198, "'"), (199, "...")):  # with its quotation marks, 200 and 201 characters
-        with pytest.raises(TypeError, match="a number is allowed") as caught:
-            lion.Lion([parameter(2)], lr="x" * length)
-        assert re.search("x(['.]*);", str(caught.value))[1] == ending
+def test_a_history_up_to_percentile_99():
+    for percentile, keys in ((99, {"step", "state1", "gnorm_vec"}), (100, {"step", "state1"})):
+        p = parameter(5)
+        optimizer = lion.Lion([p], percentile_clipping=percentile)
+        set_gradients([p], 0)
+        optimizer.step()
+        assert optimizer.state[p].keys() == keys
+
+
+@pytest.mark.parametrize("index", [0, 1, 7])
+def test_the_first_option_that_a_group_has_lost_is_named(index):
+    names = [name for name in DEFAULTS if name != "args"]
+    p = parameter(5)
+    optimizer = lion.Lion([p])
+    set_gradients([p], 0)
+    for name in names[index:]:
+        del optimizer.param_groups[0][name]
+    with pytest.raises(ValueError, match=f"the option '{names[index]}' is missing"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("length", "shown"), [(198, f"'{'x' * 198}'"), (199, f"'{'x' * 199}...")])
+def test_values_beyond_200_characters_are_cut_in_errors(length, shown):
+    with pytest.raises(TypeError) as caught:
+        lion.Lion([parameter(2)], lr="x" * length)
+    assert str(caught.value) == f"Invalid learning rate: {shown}; a number is allowed"
 
 
 @pytest.mark.parametrize("cls", [lion.Lion, lion.PagedLion])
