@@ -5,6 +5,8 @@ Prints ``stepping`` when it may be interrupted, and ``reported`` when the except
 
 from __future__ import annotations
 
+import signal
+
 import torch
 from torch import nn
 
@@ -28,6 +30,8 @@ def copies_of(optimizer: lion.Lion) -> dict[torch.Tensor, ByHand]:
 
 
 def main() -> None:
+    # A shell's background job ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(2)
     params = {str(dtype): nn.Parameter(torch.zeros(SIZE, dtype=dtype)) for dtype in DTYPES}
     optimizer = lion.Lion(params.items())

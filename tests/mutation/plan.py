@@ -43,7 +43,7 @@ def _kernels(names: str, *within: str, as_python: bool = False, cpu_name: str = 
 
 
 def _tests(*files: str) -> Run:
-    return Run(tuple(f"tests/{file}" for file in files))
+    return Run((*(f"tests/{file}" for file in files), "-k", "not keyboard_interrupt and not new_process"))
 
 
 # A mutant that passes all its runs lives on; the runs that are quick and notice most come first.
@@ -78,7 +78,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _kernels("not portable"),
         Run(("tests/differential/test_cpu_cache.py",)),
     ),
-    "cpu_kernels/avx512.py": (_kernels("at_thresholds"), _kernels("8bit")),
+    "cpu_kernels/avx512.py": (_kernels("at_thresholds"), _kernels("8bit or fast_code or portable")),
     "lion/backends.py": (
         _tests("optimizers/test_numbers.py"),
         _tests(
