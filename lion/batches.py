@@ -23,6 +23,14 @@ _nbytes = attrgetter("nbytes")
 
 # Rows of a batch's table of addresses.
 PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, HISTORY = range(8)
+_ROWS = {
+    "state1": STATE,
+    "step": STEP,
+    "absmax1": ABSMAX,
+    "max1": ABSMAX,
+    "new_max1": NEW_ABSMAX,
+    "gnorm_vec": HISTORY,
+}
 
 
 class StaleBatch(Exception):
@@ -67,11 +75,8 @@ class Batch:
         operands = self._local(params)
         self.table[PARAM] = self._addresses = _addresses(operands)
         self.table[SIZE] = _counts(operands)
-        rows = {"state1": STATE, "step": STEP, "absmax1": ABSMAX, "max1": ABSMAX, "new_max1": NEW_ABSMAX}
-        if percentile < 100:
-            rows["gnorm_vec"] = HISTORY
         self._state_rows = []
-        for key, row in rows.items():
+        for key, row in _ROWS.items():
             if key in states[0]:
                 tensors = [s[key] for s in self.states]
                 self.table[row] = _addresses(tensors)
@@ -112,7 +117,7 @@ class Batch:
         plain = all(map(_is_contiguous, grads)) and not any(map(_is_neg, grads))
         self.gradients = grads if plain else [g.resolve_neg().contiguous() for g in grads]
         table[GRAD] = _addresses(self.gradients)
-        if not table[: STATE + 1].all(where=table[SIZE] > 0):
+        if not table[[PARAM, GRAD]].all(where=table[SIZE] > 0):
             raise StaleBatch
 
     def _params_fit(self, params: Sequence[Tensor]) -> bool:

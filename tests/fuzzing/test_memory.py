@@ -252,6 +252,23 @@ def test_a_tensor_that_lost_its_memory(make: Variant, what: str) -> None:
 
 
 @every_kind
+@pytest.mark.parametrize("what", ["parameter", "gradient"])
+@pytest.mark.parametrize("size", [1, 3000])
+def test_a_tensor_whose_memory_was_freed_after_a_step(make: Variant, what: str, size: int) -> None:
+    p = parameter(size)
+    optimizer = make([p])
+    set_gradients([p], 0)
+    optimizer.step()
+    before = {key: value.clone() for key, value in optimizer.state[p].items()}
+    tensor = p.data if what == "parameter" else p.grad
+    assert tensor is not None
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0: .*memory"):
+        optimizer.step()
+    assert all(torch.equal(optimizer.state[p][key], before[key]) for key in before)
+
+
+@every_kind
 def test_a_parameter_with_the_negative_bit(make: Variant) -> None:
     p = nn.Parameter(torch._neg_view(torch.ones(300)))
     with pytest.raises(TypeError, match="parameter 0 of group 0: .*negative bit"):
