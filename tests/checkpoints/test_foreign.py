@@ -40,7 +40,7 @@ def test_another_algorithm(key: str, value: Any) -> None:
         exchange.from_exp_avg({**EXP_AVG, "param_groups": [{**EXP_AVG["param_groups"][0], key: value}]})
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, not value) for key, value in FLAGS if isinstance(value, bool)])
+@pytest.mark.parametrize(("key", "value"), [(key, type(value)(not value)) for key, value in FLAGS])
 def test_the_same_algorithm_spelled_out(key: str, value: Any) -> None:
     group = {**EXP_AVG["param_groups"][0], key: value}
     optimizer = lion.Lion([nn.Parameter(torch.ones(3))])

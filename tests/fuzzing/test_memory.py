@@ -268,6 +268,28 @@ def test_a_tensor_whose_memory_was_freed_after_a_step(make: Variant, what: str, 
     assert all(torch.equal(optimizer.state[p][key], before[key]) for key in before)
 
 
+def give_other_type(grad: torch.Tensor) -> None:
+    grad.data = grad.data.double()
+
+
+@every_kind
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("change", [give_other_type, lambda grad: grad.resize_(2999), lambda grad: grad.resize_(4000)])
+def test_a_gradient_of_another_size_or_type(make: Variant, change: Callable[..., Any], steps: int) -> None:
+    """torch looks at a gradient when it is assigned, and not at what becomes of it."""
+    p = parameter(3000)
+    optimizer = make([p], percentile_clipping=50)
+    for seed in range(steps):
+        set_gradients([p], seed)
+        optimizer.step()
+    set_gradients([p], steps)
+    change(p.grad)
+    before = snapshot(optimizer)
+    with pytest.raises(TypeError, match="Invalid gradient of parameter 0 of group 0: "):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
 @every_kind
 def test_a_parameter_with_the_negative_bit(make: Variant) -> None:
     p = nn.Parameter(torch._neg_view(torch.ones(300)))
