@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,6 +206,28 @@ def test_a_worker_that_comes_after_an_interruption_finds_no_work(fresh_pool: poo
     assert done.wait(60)
     for array in (param, momentum):
         assert_same_bits(array, np.ones_like(array))
+
+
+WAITING = """
+import threading
+import numpy as np
+from cpu_kernels import pool
+
+control = np.zeros(pool.CONTROL_SIZE, np.int64)
+control[pool.ACTIVE] = 1
+waiting = threading.Thread(target=pool._close_kernel(), args=(control,))
+waiting.start()
+while control[pool.NEXT] == 0:
+    pass
+control[pool.ACTIVE] = 0
+waiting.join()
+"""
+
+
+def test_python_goes_on_while_a_kernel_runs() -> None:
+    """A kernel that waits for a number to become 0, and Python that sets it, in a process that may not end."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", WAITING], cwd=root, check=True, timeout=120)
 
 
 def test_a_failing_kernel_raises_for_its_caller() -> None:

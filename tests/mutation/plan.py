@@ -48,9 +48,9 @@ def _tests(*files: str) -> Run:
 
 # A mutant that passes all its runs lives on; the runs that are quick and notice most come first.
 MODULES: dict[str, tuple[Run, ...]] = {
-    "reference/clipping.py": (Run(("tests/reference/test_clipping.py",)),),
-    "reference/lion.py": (Run(("tests/reference/test_lion.py",)),),
-    "reference/quantization.py": (Run(("tests/reference/test_quantization.py",)),),
+    "reference/clipping.py": (_tests("reference/test_clipping.py"),),
+    "reference/lion.py": (_tests("reference/test_lion.py"),),
+    "reference/quantization.py": (_tests("reference/test_quantization.py"),),
     "cpu_kernels/clipping.py": (
         _kernels("percentile_clipping", "_clip_kernel", "percentile_clipping", as_python=True),
         _kernels("norm or percentile or invalid", as_python=True),
@@ -71,12 +71,12 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "cpu_kernels/pool.py": (
         _kernels("squared_norm or invalid", as_python=True),
         _kernels("update_32bit or norm or invalid"),
-        Run(("tests/differential/test_cpu_threads.py",)),
+        _tests("differential/test_cpu_threads.py"),
     ),
     "cpu_kernels/device.py": (
         _kernels("update_32bit"),
         _kernels("not portable"),
-        Run(("tests/differential/test_cpu_cache.py",)),
+        _tests("differential/test_cpu_cache.py", "differential/test_cpu_threads.py"),
     ),
     "cpu_kernels/avx512.py": (_kernels("at_thresholds"), _kernels("8bit or fast_code or portable")),
     "lion/backends.py": (
