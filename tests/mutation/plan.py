@@ -42,6 +42,7 @@ def _kernels(names: str, *within: str, as_python: bool = False, cpu_name: str = 
     return Run(("tests/differential/test_cpu_kernels.py", "-k", names), within, as_python, cpu_name)
 
 
+# Without the tests that take longest and notice nothing that the others do not.
 def _tests(*files: str) -> Run:
     return Run((*(f"tests/{file}" for file in files), "-k", "not keyboard_interrupt and not new_process"))
 
