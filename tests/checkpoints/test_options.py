@@ -84,3 +84,17 @@ def test_clipping_that_begins_or_ends_with_a_load():
     assert_same_bits(again.state[r]["gnorm_vec"], torch.zeros(100))
     again.load_state_dict(clipped.state_dict())
     assert_same_bits(again.state[r]["gnorm_vec"], clipped.state[p]["gnorm_vec"])
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 2048, 2049])
+@pytest.mark.parametrize("options", [FORMS["blockwise"], FORMS["tensorwise"]], ids=str)
+def test_8_bits_are_taken_as_they_are(size, options):
+    """Quantized again, a block whose greatest magnitude is negative would become smaller."""
+    p, q = (nn.Parameter(torch.zeros(size)) for _ in range(2))
+    old, new = (lion.Lion([parameter], min_8bit_size=0, **options) for parameter in (p, q))
+    p.grad = -torch.arange(1.0, size + 1)
+    old.step()
+    new.load_state_dict(through_a_file(old.state_dict()))
+    assert new.state[q].keys() == old.state[p].keys()
+    for key in old.state[p]:
+        assert_same_bits(new.state[q][key], old.state[p][key], what=key)
