@@ -103,7 +103,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _tests("interop/test_signatures.py", "optimizers/test_construction.py", "optimizers/test_loss_scale.py"),
         _tests("optimizers/test_contract.py", "optimizers/test_torch_suite.py", "distributed/test_one_process.py"),
         _tests("failures", "optimizers/test_overrides.py", "optimizers/test_state.py", "paging/test_fork.py"),
-        _tests("distributed/test_fsdp1.py", "distributed/test_agreement.py", "distributed/test_dcp.py"),
+        _tests("distributed/test_fsdp1.py", "distributed/test_agreement.py"),
     ),
     "lion/options.py": (
         _tests("optimizers/test_construction.py", "fuzzing/test_arguments.py"),
@@ -115,7 +115,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _tests("optimizers/test_tensors.py", "optimizers/test_overrides.py", "optimizers/test_construction.py"),
         _tests("optimizers/test_contract.py", "distributed/test_one_process.py", "optimizers/test_programs.py"),
         _tests("fuzzing", "failures", "paging/test_paged.py", "optimizers/test_state.py"),
-        _tests("distributed/test_agreement.py", "distributed/test_fsdp2.py", "distributed/test_dcp.py"),
+        _tests("distributed/test_agreement.py"),
     ),
     "lion/sharding.py": (
         _tests("distributed/test_one_process.py"),
@@ -124,7 +124,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "lion/state.py": (
         _tests("checkpoints/test_mutations.py", "checkpoints/test_options.py", "fuzzing/test_checkpoints.py"),
         _tests("optimizers/test_overrides.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
-        _tests("optimizers/test_state.py", "interop", "paging/test_paged.py", "distributed/test_zero.py"),
+        _tests("optimizers/test_state.py", "interop", "paging/test_fork.py"),
     ),
     "lion/trainer.py": (_tests("integration/test_trainer_arguments.py"),),
 }
