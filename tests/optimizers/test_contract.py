@@ -497,6 +497,50 @@ def test_zero_gradients_still_decay(make):
 
 
 @every_kind
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
+def test_a_first_step_of_zeros_only_makes_state(make, lr):
+    """So torch.distributed.checkpoint gets state to load into."""
+    p = parameter(5000)
+    optimizer, by_hand = make([p], lr=lr, percentile_clipping=50), ByHand.of(make, p, percentile_clipping=50)
+    for counted in range(2):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        if counted:
+            by_hand.step(p.grad, 0.0)
+        by_hand.check(p, optimizer)
+
+
+@every_kind
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0), 1e-2, torch.tensor(1e-2)], ids=str)
+def test_any_other_first_step_counts(make, lr):
+    for gradient in (1.0, 0.0) if lr == 0 else (0.0,):
+        # Of two parameters one has zeros.
+        params = [parameter(5000), parameter(5000, dtype=torch.bfloat16)]
+        optimizer, copies = make(params, lr=lr, weight_decay=0.1), {p: ByHand.of(make, p) for p in params}
+        override = 1e-2 if gradient == 0 and lr == 0 else None
+        if override:
+            lion.GlobalOptimManager.get_instance().override_config(params[1], "lr", override)
+        for p, value in zip(params, (0.0, gradient), strict=True):
+            p.grad = torch.full_like(p, value)
+            copies[p].step(p.grad, override if override and p is params[1] else float(lr), weight_decay=0.1)
+        optimizer.step()
+        for p in params:
+            copies[p].check(p, optimizer)
+
+
+@every_kind
+def test_a_plan_is_kept_from_step_to_step(make):
+    params = [parameter(5000), parameter(300, dtype=torch.bfloat16)]
+    optimizer = make(params)
+    plans = []
+    for seed in range(3):
+        set_gradients(params, seed)
+        optimizer.step()
+        plans.append(optimizer._plan)
+    assert plans[0] is plans[1] is plans[2] is not None
+
+
+@every_kind
 def test_step_without_any_gradient(make):
     p = parameter(5000)
     optimizer = make([p], weight_decay=0.1)

@@ -33,6 +33,7 @@ LAYOUTS = {
     "transposed": lambda dtype: base(30, 40, dtype=dtype).t(),
     "permuted": lambda dtype: base(5, 6, 40, dtype=dtype).permute(2, 0, 1),
     "strided": lambda dtype: base(2400, dtype=dtype)[::2],
+    "stride of 0 along one element": lambda dtype: torch.as_strided(base(1200, dtype=dtype), (1, 1200), (0, 1)),
     "columns": lambda dtype: base(30, 50, dtype=dtype)[:, 3:43],
     "rows": lambda dtype: base(50, 30, dtype=dtype)[3:43],
     "channels_last": lambda dtype: base(4, 10, 6, 5, dtype=dtype).to(memory_format=torch.channels_last),
