@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lion
-from lion import paging
+from lion import paging, plan
 from tests.comparing import assert_same_bits
 
 LARGE, SMALL = 100_000, 99_999
@@ -170,6 +170,19 @@ def test_groups_differ():
     optimizer.add_param_group({"params": parameters(sizes=(LARGE,)), "is_paged": True, "optim_bits": 8})
     step(optimizer)
     assert paged_keys(optimizer) == [{"state1"}, set(), {"state1", "absmax1"}]
+
+
+def test_paged_state_is_stepped_in_portions(monkeypatch):
+    """What one kernel call works on has to fit on a device beside everything else."""
+    monkeypatch.setattr(plan, "_PORTION", 250_000)
+    params = [nn.Parameter(torch.ones(size)) for size in (100_000, 100_000, 10, 100_000, 100_000)]
+    optimizer = lion.PagedLion8bit(params, min_8bit_size=0)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    numbers = {p: number for number, p in enumerate(params)}
+    together = [[numbers[p] for p in batch.params] for batch, *_ in optimizer._plan._batches]
+    assert together == [[0, 1, 3], [2], [4]]
 
 
 def test_conversion_of_paged_state():
