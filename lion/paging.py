@@ -129,7 +129,7 @@ def _mapped(size: int) -> Tensor:
             if size > shutil.disk_usage(folder).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             # Writing to a mapped page for which the disk has no room would kill the process.
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            os.posix_fallocate(file.fileno(), 0, size)
             return torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=size, dtype=torch.uint8)
     except OSError as error:
         raise OSError(

@@ -230,6 +230,11 @@ def test_python_goes_on_while_a_kernel_runs() -> None:
     subprocess.run([sys.executable, "-c", WAITING], cwd=root, check=True, timeout=120)
 
 
+def test_workers_do_not_keep_a_process_alive() -> None:
+    program = "from cpu_kernels import pool; pool._pool.submit(2, print)"
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, timeout=120)
+
+
 def test_a_failing_kernel_raises_for_its_caller() -> None:
     """The worker meets the same failure, reports nothing of its own, and lives on."""
     sizes = np.zeros(1, np.int64)

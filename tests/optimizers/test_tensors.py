@@ -146,9 +146,23 @@ def test_0_dim_and_many_dims(make):
 
 
 @every_kind
-def test_parameter_whose_elements_share_memory(make):
+def test_parameters_in_the_same_memory_take_turns(make):
+    """In one kernel call, several threads would write to it at once."""
+    p, other, empty = parameter(300), parameter(400), nn.Parameter(torch.ones(0))
+    params = [p, nn.Parameter(p.data), empty, other, nn.Parameter(torch.ones(0)), nn.Parameter(p.data)]
+    optimizer = make(params, **SMALL)
+    set_gradients(params, 0)
+    optimizer.step()
+    numbers = {parameter: number for number, parameter in enumerate(params)}
+    together = [[numbers[parameter] for parameter in batch.params] for batch, *_ in optimizer._plan._batches]
+    assert together == [[0, 2, 3, 4], [1], [5]]
+
+
+@every_kind
+@pytest.mark.parametrize("size", [2, 300])
+def test_parameter_whose_elements_share_memory(make, size):
     """An expanded tensor has no place for its elements' own values: refused, with nothing changed."""
-    good, p = parameter(300), nn.Parameter(torch.ones(1).expand(300))
+    good, p = parameter(300), nn.Parameter(torch.ones(1).expand(size))
     optimizer = make([good, p], **SMALL)
     set_gradients([good, p], 0)
     before = snapshot(optimizer)
