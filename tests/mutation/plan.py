@@ -89,7 +89,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     ),
     "lion/batches.py": (
         _tests("optimizers/test_tensors.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
-        _tests("optimizers/test_contract.py", "optimizers/test_programs.py", "failures", "optimizers/test_state.py"),
+        _tests("optimizers/test_contract.py", "optimizers/test_programs.py", "failures", "optimizers/test_numbers.py"),
     ),
     "lion/checkpoints.py": (
         _tests("checkpoints/test_mutations.py", "checkpoints/test_options.py", "fuzzing/test_checkpoints.py"),
@@ -97,7 +97,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     ),
     "lion/exchange.py": (_tests("interop", "fuzzing/test_checkpoints.py", "distributed/test_one_process.py"),),
     "lion/functional.py": (_tests("optimizers/test_functional.py", "interop", "differential/test_errors.py"),),
-    "lion/in_backward.py": (_tests("optimizers/test_in_backward.py"),),
+    "lion/in_backward.py": (_tests("optimizers/test_in_backward.py", "distributed/test_in_backward.py"),),
     "lion/loss_scale.py": (_tests("optimizers/test_loss_scale.py"), _tests("optimizers/test_contract.py")),
     "lion/optimizers.py": (
         _tests("interop/test_signatures.py", "optimizers/test_construction.py", "optimizers/test_loss_scale.py"),
@@ -119,7 +119,8 @@ MODULES: dict[str, tuple[Run, ...]] = {
     ),
     "lion/sharding.py": (
         _tests("distributed/test_one_process.py"),
-        _tests("distributed/test_fsdp2.py", "distributed/test_dcp.py", "distributed/test_agreement.py"),
+        _tests("distributed/test_fsdp2.py"),
+        _tests("distributed/test_dcp.py", "distributed/test_agreement.py"),
     ),
     "lion/state.py": (
         _tests("checkpoints/test_mutations.py", "checkpoints/test_options.py", "fuzzing/test_checkpoints.py"),
