@@ -386,3 +386,13 @@ def test_kinds_are_those_of_the_model() -> None:
         optimizer.step()
         dtypes = {optimizer.state[p]["state1"].dtype for p in optimizer.state}
         assert dtypes == ({torch.float32} if name == "32bit" else {torch.float32, torch.uint8})
+
+
+@every_kind
+def test_first_steps_of_zeros_count(make: Any) -> None:
+    """They only make state where all gradients are 0, which a step of one parameter cannot know."""
+    p, q = (nn.Parameter(torch.ones(5000)) for _ in range(2))
+    optimizer = make([p, q], lr=0.0)
+    lion.StepInBackward(optimizer)
+    (0.0 * p + q).sum().backward()
+    assert [optimizer.state[parameter]["step"].item() for parameter in (p, q)] == [1.0, 1.0]

@@ -158,12 +158,14 @@ def test_clipping_is_seen_in_the_numbers():
     torch.testing.assert_close(optimizer.state[p]["state1"], grad * 0.5)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("percentile", [1, 50, 99])
-def test_percentiles(percentile):
+def test_percentiles(percentile, backend):
     params = [parameter(4500), parameter(70, seed=1)]
     copies = {p: ByHand(p, 8, percentile=percentile) for p in params}
     optimizer = lion.Lion8bit(params, percentile_clipping=percentile)
-    follow(optimizer, copies, 30, scale=lambda i: 10.0 ** (i % 5 - 3))
+    with lion.use_backend(backend):
+        follow(optimizer, copies, 30, scale=lambda i: 10.0 ** (i % 5 - 3))
 
 
 @every_kind
