@@ -58,7 +58,14 @@ _shared_maps: dict[torch.device, tuple[Tensor, int]] = {}
 
 
 def shared_dynamic_map(device: torch.device) -> Tensor:
-    """Return the signed dynamic map on a device: the same tensor for all who ask, until somebody writes to it."""
+    """Return the signed dynamic map on a device: the same tensor for all who ask, until somebody writes to it.
+
+    Args:
+        device: The map's device.
+
+    Returns:
+        float32 tensor of 256, ascending.
+    """
     shared, version = _shared_maps.get(device, (None, 0))
     if shared is None or shared._version != version:
         with torch.inference_mode(False):  # where tensors have no version

@@ -11,7 +11,7 @@ from torch import nn
 
 import lion
 import reference
-from lion import paging
+from lion import paging, state
 from tests.comparing import assert_same_bits
 
 QMAP = reference.create_dynamic_map()
@@ -98,3 +98,37 @@ def test_8_bits_are_taken_as_they_are(size, options):
     assert new.state[q].keys() == old.state[p].keys()
     for key in old.state[p]:
         assert_same_bits(new.state[q][key], old.state[p][key], what=key)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5])
+@pytest.mark.parametrize("target", FORMS)
+@pytest.mark.parametrize("source", FORMS)
+def test_few_elements_are_converted(source, target, size):
+    p, q = (nn.Parameter(torch.ones(size)) for _ in range(2))
+    old, new = (
+        lion.Lion([parameter], min_8bit_size=0, **FORMS[form]) for parameter, form in ((p, source), (q, target))
+    )
+    p.grad = torch.ones(size)
+    old.step()
+    new.load_state_dict(through_a_file(old.state_dict()))
+    fresh = lion.Lion([p], min_8bit_size=0, **FORMS[target])
+    fresh.step()
+    assert {key: value.shape for key, value in new.state[q].items()} == {
+        key: value.shape for key, value in fresh.state[p].items()
+    }
+    assert_same_bits(state.momentum(new.state[q]), state.momentum(old.state[p]))
+    q.grad = torch.ones(size)
+    new.step()
+
+
+@pytest.mark.parametrize("size", [2047, 2048, 2049, 4096, 4097])
+def test_blocks_of_2048(size):
+    """bitsandbytes' blocks before it had those of 256."""
+    values = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    codes, absmax = reference.quantize_blockwise(values, QMAP, 2048)
+    saved = {"step": 1, "state1": codes, "absmax1": absmax, "qmap1": QMAP}
+    optimizer = lion.Lion([nn.Parameter(torch.zeros(size))])
+    entries = {key: torch.from_numpy(value) if key != "step" else value for key, value in saved.items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": {0: entries}})
+    loaded = next(iter(optimizer.state.values()))
+    assert_same_bits(loaded["state1"], reference.dequantize_blockwise(codes, absmax, QMAP, 2048))

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import lion
 from cuda_kernels import launch
-from lion import paging, sharding
+from lion import paging, sharding, state
 from lion.backends import use_backend
 from tests.comparing import assert_same_bits
 
@@ -191,9 +191,10 @@ def test_plain_parameters_refuse_shards(mesh: DeviceMesh) -> None:
     assert not other.state
 
 
+@pytest.mark.parametrize("shape", [(2, 300), (600,)])
 @pytest.mark.parametrize("block_wise", [True, False])
-def test_what_was_gathered_is_refused(mesh: DeviceMesh, block_wise: bool) -> None:
-    (sharded,), (plain,) = parameters(mesh, [(2, 300)]), parameters(None, [(2, 300)])
+def test_what_was_gathered_is_refused(mesh: DeviceMesh, block_wise: bool, shape: tuple[int, ...]) -> None:
+    (sharded,), (plain,) = parameters(mesh, [shape]), parameters(None, [shape])
     optimizer, other = (lion.Lion8bit([p], min_8bit_size=0, block_wise=block_wise) for p in (sharded, plain))
     set_gradients([sharded], 0)
     optimizer.step()
@@ -204,6 +205,31 @@ def test_what_was_gathered_is_refused(mesh: DeviceMesh, block_wise: bool) -> Non
     for read in (other.load_state_dict, lion.exchange.to_exp_avg, lion.exchange.to_bitsandbytes):
         with pytest.raises(ValueError, match=r"gathered from shards.*to_exp_avg"):
             read(gathered)
+
+
+def test_only_what_was_gathered_is_said_to_be() -> None:
+    (p,) = parameters(None, [(2, 300)])
+    optimizer = lion.Lion8bit([p], min_8bit_size=0)
+    set_gradients([p], 0)
+    optimizer.step()
+    for key, shape in (("state1", (3, 300)), ("absmax1", (4,))):
+        saved = optimizer.state_dict()
+        saved["state"][0] = {**saved["state"][0], key: saved["state"][0][key].new_zeros(shape)}
+        with pytest.raises(ValueError, match=rf"'{key}' is .* is needed$"):
+            optimizer.load_state_dict(saved)
+
+
+def test_state_that_fits_is_kept(mesh: DeviceMesh) -> None:
+    params = parameters(mesh)
+    optimizer = lion.Lion8bit(params, min_8bit_size=0)
+    kept = []
+    for step in range(2):
+        set_gradients(params, step)
+        optimizer._plan = None
+        optimizer.step()
+        kept.append([optimizer.state[p] for p in params])
+    for before, after in zip(*kept, strict=True):
+        assert before is after is state.placed(after, paged=False)
 
 
 def test_gradients_on_their_way(mesh: DeviceMesh) -> None:

@@ -146,6 +146,13 @@ def test_0_dim_and_many_dims(make):
 
 
 @every_kind
+@pytest.mark.parametrize("shape", [(0,), (5, 0), (0, 5), (3, 0, 2)], ids=str)
+def test_no_elements(make, shape):
+    p = parameter(*shape)
+    follow(make([p], **SMALL), {p: ByHand.of(make, p, **SMALL)}, 3)
+
+
+@every_kind
 def test_parameters_in_the_same_memory_take_turns(make):
     """In one kernel call, several threads would write to it at once."""
     p, other, empty = parameter(300), parameter(400), nn.Parameter(torch.ones(0))
