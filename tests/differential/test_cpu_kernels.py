@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -183,6 +184,15 @@ def test_update_8bit_tensorwise(
     for t, new_absmax in zip(drawn, scratch, strict=True):
         assert_same_bits(new_absmax.array, t.absmax.array, what="new_absmax")
         new_absmax.check()
+
+
+@pytest.mark.parametrize("name", cpu_kernels.__all__)
+def test_updates_and_norms_have_the_defaults_of_the_reference(name: str) -> None:
+    own, wanted = (inspect.signature(getattr(package, name)).parameters for package in (cpu_kernels, reference))
+    for shared in own.keys() & wanted.keys():
+        assert own[shared].default == wanted[shared].default
+    if "update" in name or "norm" in name:
+        assert "inv_scale" in own.keys() & wanted.keys()
 
 
 @pytest.mark.parametrize("update", ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"])

@@ -10,128 +10,307 @@ _NOT_NORMAL = "what is below the normal numbers is stored as 0"
 _LARGE_CHUNKS = "larger chunks of work, fewer threads get one: speed only"
 _UNUSED = "the value goes nowhere"
 
-# By module: the line, what it became, why nothing can tell.
-SURVIVORS: dict[str, tuple[tuple[str, str, str], ...]] = {
+# By module: a line, why nothing can tell, what it became.
+SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "reference/clipping.py": (
         (
             "scale = threshold / norm if recorded and norm > threshold else np.float32(1.0)",
-            "scale = threshold / norm if recorded and norm >= threshold else np.float32(1.0)",
             _EQUAL_NORMS,
+            "scale = threshold / norm if recorded and norm >= threshold else np.float32(1.0)",
         ),
         (
             "g = _fill_up((grad.astype(np.float32) * inv_scale).reshape(-1), CHUNK)",
-            "g = _fill_up((grad.astype(np.float32) * inv_scale).reshape(- 2), CHUNK)",
             _NEGATIVE,
+            "g = _fill_up((grad.astype(np.float32) * inv_scale).reshape(- 2), CHUNK)",
         ),
         (
             "squares = (g * g).reshape(-1, CHUNK // CHUNK_LANES, CHUNK_LANES)",
-            "squares = (g * g).reshape(- 2, CHUNK // CHUNK_LANES, CHUNK_LANES)",
             _NEGATIVE,
+            "squares = (g * g).reshape(- 2, CHUNK // CHUNK_LANES, CHUNK_LANES)",
         ),
-        ("for row in partials.reshape(-1, TOTAL_LANES):", "for row in partials.reshape(- 2, TOTAL_LANES):", _NEGATIVE),
+        (
+            "for row in partials.reshape(-1, TOTAL_LANES):",
+            _NEGATIVE,
+            "for row in partials.reshape(- 2, TOTAL_LANES):",
+        ),
         (
             "totals = np.zeros((1, TOTAL_LANES), np.float64)",
-            "totals = np.zeros(( 2, TOTAL_LANES), np.float64)",
             _EQUAL_ROWS,
+            "totals = np.zeros(( 2, TOTAL_LANES), np.float64)",
         ),
-        ("return np.float32(_add_pairs(totals)[0])", "return np.float32(_add_pairs(totals)[ -1])", _EQUAL_ROWS),
-        ("return lanes[:, 0]", "return lanes[:, -1]", _EQUAL_ROWS),
+        (
+            "return np.float32(_add_pairs(totals)[0])",
+            _EQUAL_ROWS,
+            "return np.float32(_add_pairs(totals)[ -1])",
+        ),
+        (
+            "return lanes[:, 0]",
+            _EQUAL_ROWS,
+            "return lanes[:, -1]",
+        ),
     ),
-    "reference/quantization.py": (("flat = array.reshape(-1)", "flat = array.reshape(- 2)", _NEGATIVE),),
+    "reference/quantization.py": (
+        (
+            "flat = array.reshape(-1)",
+            _NEGATIVE,
+            "flat = array.reshape(- 2)",
+        ),
+    ),
     "cpu_kernels/clipping.py": (
         (
             "partials = np.empty(int(np.maximum(-(-sizes // CHUNK), 1).sum()), np.float32)",
+            _ROOM,
             "partials = np.empty(int(np.maximum(-(-sizes * CHUNK), 1).sum()), np.float32)",
-            _ROOM,
-        ),
-        (
-            "partials = np.empty(int(np.maximum(-(-sizes // CHUNK), 1).sum()), np.float32)",
             "partials = np.empty(int(np.maximum(-(-sizes // CHUNK), 2).sum()), np.float32)",
-            _ROOM,
         ),
-        ("while begin < end:", "while begin <= end:", _NOTHING),
-        ("while count > 1:", "while count >= 1:", _NOTHING),
-        ("while count > 1:", "while count > 0:", _NOTHING),
-        ("if norm > threshold:", "if norm >= threshold:", _EQUAL_NORMS),
+        (
+            "while begin < end:",
+            _NOTHING,
+            "while begin <= end:",
+        ),
+        (
+            "while count > 1:",
+            _NOTHING,
+            "while count >= 1:",
+            "while count > 0:",
+        ),
+        (
+            "if norm > threshold:",
+            _EQUAL_NORMS,
+            "if norm >= threshold:",
+        ),
         (
             "run(_totals_kernel(), threads, 0, sizes, partials, norms)",
+            _ALONE,
             "run(_totals_kernel(), threads, 1, sizes, partials, norms)",
-            _ALONE,
-        ),
-        (
-            "run(_totals_kernel(), threads, 0, sizes, partials, norms)",
             "run(_totals_kernel(), threads, -1, sizes, partials, norms)",
-            _ALONE,
         ),
         (
             "run(_clip_kernel(), threads, 0, squared_norms, gnorm_vecs, steps, scales, percentile)",
+            _ALONE,
             "run(_clip_kernel(), threads, 1, squared_norms, gnorm_vecs, steps, scales, percentile)",
-            _ALONE,
-        ),
-        (
-            "run(_clip_kernel(), threads, 0, squared_norms, gnorm_vecs, steps, scales, percentile)",
             "run(_clip_kernel(), threads, -1, squared_norms, gnorm_vecs, steps, scales, percentile)",
-            _ALONE,
         ),
     ),
     "cpu_kernels/lion.py": (
-        ("run(reset, threads, 0, new_absmax)", "run(reset, threads, -1, new_absmax)", _ALONE),
+        (
+            "run(reset, threads, 0, new_absmax)",
+            _ALONE,
+            "run(reset, threads, -1, new_absmax)",
+        ),
         (
             "run(finish, threads, 0, absmax, new_absmax, sizes)",
+            _ALONE,
             "run(finish, threads, 1, absmax, new_absmax, sizes)",
-            _ALONE,
+            "run(finish, threads, -1, absmax, new_absmax, sizes)",
         ),
         (
-            "run(finish, threads, 0, absmax, new_absmax, sizes)",
-            "run(finish, threads, -1, absmax, new_absmax, sizes)",
-            _ALONE,
+            "maximum = np.uint32(0)",
+            _NOT_NORMAL,
+            "maximum = np.uint32( 1)",
         ),
-        ("maximum = np.uint32(0)", "maximum = np.uint32( 1)", _NOT_NORMAL),
     ),
     "cpu_kernels/quantization.py": (
         (
             "return block_size * max(1, CHUNK // block_size)",
+            _LARGE_CHUNKS,
             "return block_size * max(1, CHUNK * block_size)",
-            _LARGE_CHUNKS,
-        ),
-        (
-            "return block_size * max(1, CHUNK // block_size)",
             "return block_size * max( 2, CHUNK // block_size)",
-            _LARGE_CHUNKS,
         ),
         (
             "order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)",
-            "order = (bits ^ ((bits >> 32) & 0x7FFFFFFF)).astype(np.int64)",
             "NumPy fills with the sign, however far it shifts",
+            "order = (bits ^ ((bits >> 32) & 0x7FFFFFFF)).astype(np.int64)",
         ),
         (
             "tensor, first, begin, end = pull(control, sizes, chunk_size, 0, 0)",
-            "tensor, first, begin, end = pull(control, sizes, chunk_size, -1, 0)",
             "the only tensor is done twice, with the same result",
+            "tensor, first, begin, end = pull(control, sizes, chunk_size, -1, 0)",
         ),
-        ("maximum = np.uint32(0)", "maximum = np.uint32( 1)", _NOT_NORMAL),
-        ("starts = np.arange(-8192, 8192) << 17", "starts = np.arange(-8192, 8193) << 17", _UNUSED),
-        ("starts = np.arange(-8192, 8192) << 17", "starts = np.arange(-8192, 8191) << 17", _UNUSED),
-        ("assert (last - code <= 1).all()", "assert (last - code <= 2).all()", "it holds"),
+        (
+            "maximum = np.uint32(0)",
+            _NOT_NORMAL,
+            "maximum = np.uint32( 1)",
+        ),
+        (
+            "starts = np.arange(-8192, 8192) << 17",
+            _UNUSED,
+            "starts = np.arange(-8192, 8193) << 17",
+            "starts = np.arange(-8192, 8191) << 17",
+        ),
+        (
+            "assert (last - code <= 1).all()",
+            "it holds",
+            "assert (last - code <= 2).all()",
+        ),
         (
             "next_threshold = np.append(order, 0)[code]",
+            _UNUSED,
             "next_threshold = np.append(order, 1)[code]",
-            _UNUSED,
-        ),
-        (
-            "next_threshold = np.append(order, 0)[code]",
             "next_threshold = np.append(order, -1)[code]",
-            _UNUSED,
         ),
         (
             "carry = np.where(last > code, (1 << 24) - ((next_threshold + 1 - starts) << 7), 0)",
-            "carry = np.where(last > code, (1 << 24) - ((next_threshold + 1 - starts) << 7), 1)",
             "all else is a multiple of 128: nothing carries",
+            "carry = np.where(last > code, (1 << 24) - ((next_threshold + 1 - starts) << 7), 1)",
         ),
         (
             "order = np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))",
-            "order = np.int32(bits ^ np.int32(np.int32(bits >> np.int32( 32)) & np.int32(0x7FFFFFFF)))",
             "Numba shifts in 64 bits",
+            "order = np.int32(bits ^ np.int32(np.int32(bits >> np.int32( 32)) & np.int32(0x7FFFFFFF)))",
+        ),
+    ),
+    "cpu_kernels/pool.py": (
+        (
+            "SMALL = 1 << 20",
+            "where a caller begins to wake threads: speed only",
+            "SMALL = 1 >> 20",
+            "SMALL = 2 << 20",
+            "SMALL = 0 << 20",
+            "SMALL = 1 << 21",
+            "SMALL = 1 << 19",
+        ),
+        (
+            "if threads == 1 or elements <= SMALL:",
+            "where a caller begins to wake threads: speed only",
+            "if threads == 1 or elements < SMALL:",
+            "if threads == 1 or elements > SMALL:",
+        ),
+        (
+            "NEXT, ACTIVE, CONTROL_SIZE = 8, 16, 24",
+            "another place in the control block, which has room",
+            "NEXT, ACTIVE, CONTROL_SIZE = 9, 16, 24",
+            "NEXT, ACTIVE, CONTROL_SIZE = 7, 16, 24",
+            "NEXT, ACTIVE, CONTROL_SIZE = 8, 17, 24",
+            "NEXT, ACTIVE, CONTROL_SIZE = 8, 15, 24",
+            "NEXT, ACTIVE, CONTROL_SIZE = 8, 16, 25",
+        ),
+        (
+            "CLOSED = 1 << 62",
+            "no job has as many chunks",
+            "CLOSED = 1 << 61",
+        ),
+        (
+            "if threads == 1 or elements <= SMALL:",
+            "there are never 0 threads here",
+            "if threads == 0 or elements <= SMALL:",
+        ),
+    ),
+    "cpu_kernels/device.py": (
+        (
+            "TABLE, FLOATS, INTEGER, FLOAT32 = types.int64[::1], types.float32[::1], types.int64, types.float32",
+            "any layout has the same results: speed only",
+            "TABLE, FLOATS, INTEGER, FLOAT32 = types.int64[:: 2], types.float32[::1], types.int64, types.float32",
+            "TABLE, FLOATS, INTEGER, FLOAT32 = types.int64[:: 0], types.float32[::1], types.int64, types.float32",
+            "TABLE, FLOATS, INTEGER, FLOAT32 = types.int64[::1], types.float32[:: 2], types.int64, types.float32",
+            "TABLE, FLOATS, INTEGER, FLOAT32 = types.int64[::1], types.float32[:: 0], types.int64, types.float32",
+        ),
+        (
+            "DEFAULT_FLOAT_MODE = 0x1F80 if X86 else 0",
+            "a flag that an operation sets, and nobody reads",
+            "DEFAULT_FLOAT_MODE = 8065 if X86 else 0",
+        ),
+        (
+            "DEFAULT_FLOAT_MODE = 0x1F80 if X86 else 0",
+            "for other processors",
+            "DEFAULT_FLOAT_MODE = 0x1F80 if X86 else 1",
+            "DEFAULT_FLOAT_MODE = 0x1F80 if X86 else -1",
+        ),
+        (
+            'builder.call(cgutils.get_or_insert_function(builder.module, put, "llvm.aarch64.set.fpcr"), [args[0]])',
+            "for other processors",
+            'builder.call(cgutils.get_or_insert_function(builder.module, put, "llvm.aarch64.set.fpcr"), [args[ 1]])',
+            'builder.call(cgutils.get_or_insert_function(builder.module, put, "llvm.aarch64.set.fpcr"), [args[ -1]])',
+        ),
+        (
+            "return I64(0)",
+            "for other processors",
+            "return I64( 1)",
+            "return I64( -1)",
+        ),
+        (
+            "return digest.hexdigest()[:16]",
+            "as good a name",
+            "return digest.hexdigest()[: 17]",
+            "return digest.hexdigest()[: 15]",
+        ),
+        (
+            "return builder.trunc(builder.select(nan, I32(0x7FC0), rounded), I16)",
+            "another NaN",
+            "return builder.trunc(builder.select(nan, I32( 32705), rounded), I16)",
+            "return builder.trunc(builder.select(nan, I32( 32703), rounded), I16)",
+        ),
+        (
+            "return builder.bitcast(args[0], I32)",
+            "there is one argument",
+            "return builder.bitcast(args[ -1], I32)",
+        ),
+        (
+            "return builder.bitcast(args[0], FLOAT)",
+            "there is one argument",
+            "return builder.bitcast(args[ -1], FLOAT)",
+        ),
+        (
+            "builder.store(builder.trunc(args[0], I32), slot)",
+            "there is one argument",
+            "builder.store(builder.trunc(args[ -1], I32), slot)",
+        ),
+        (
+            'inlined = numba.njit(nogil=True, error_model="numpy")',
+            "the kernel around it has given the GIL away",
+            'inlined = numba.njit(nogil=False, error_model="numpy")',
+        ),
+    ),
+    "lion/plan.py": (
+        (
+            "_PORTION = 256 * 2**20",
+            "how much one call updates: speed and memory only",
+            "_PORTION = 256 / 2**20",
+            "_PORTION = 256 * 2*20",
+            "_PORTION = 257 * 2**20",
+            "_PORTION = 255 * 2**20",
+            "_PORTION = 256 * 3**20",
+            "_PORTION = 256 * 1**20",
+            "_PORTION = 256 * 2** 21",
+            "_PORTION = 256 * 2** 19",
+        ),
+        (
+            "paged_bytes = 0",
+            "how much one call updates: speed and memory only",
+            "paged_bytes = 1",
+            "paged_bytes = -1",
+        ),
+        (
+            'if any(batch.device.type == "cuda" for batch, _ in prepared) and torch.cuda.is_current_stream_capturing():',
+            "only a GPU can tell",
+            'if any(batch.device.type != "cuda" for batch, _ in prepared) and torch.cuda.is_current_stream_capturing():',
+        ),
+        (
+            'if lr.device == device and device.type == "cuda":',
+            "only a GPU can tell",
+            'if lr.device != device and device.type == "cuda":',
+        ),
+        (
+            "return StepCoefficients(_rounded(0.0, betas, weight_decay), lr, weight_decay)",
+            "only a GPU can tell",
+            "return StepCoefficients(_rounded( 1.0, betas, weight_decay), lr, weight_decay)",
+            "return StepCoefficients(_rounded( -1.0, betas, weight_decay), lr, weight_decay)",
+        ),
+        (
+            "key = (form, percentile, number, hyperparameters, p.device, p.dtype, layout, form.paged and portion, turn)",
+            "only a GPU can tell",
+            "key = (form, percentile, number, hyperparameters, p.device, p.dtype, layout, form.paged or portion, turn)",
+        ),
+        (
+            "turn = turns[memory.data_ptr()] if memory.numel() else 0",
+            "an empty parameter is in nobody's way",
+            "turn = turns[memory.data_ptr()] if memory.numel() else 1",
+            "turn = turns[memory.data_ptr()] if memory.numel() else -1",
+        ),
+        (
+            "turns[memory.data_ptr()] += 1",
+            "turns have to differ, no more",
+            "turns[memory.data_ptr()] += 2",
         ),
     ),
 }
