@@ -97,7 +97,10 @@ MODULES: dict[str, tuple[Run, ...]] = {
     ),
     "lion/exchange.py": (_tests("interop", "fuzzing/test_checkpoints.py", "distributed/test_one_process.py"),),
     "lion/functional.py": (_tests("optimizers/test_functional.py", "interop", "differential/test_errors.py"),),
-    "lion/in_backward.py": (_tests("optimizers/test_in_backward.py"),),
+    "lion/in_backward.py": (
+        _tests("optimizers/test_in_backward.py"),
+        _tests("distributed/test_in_backward.py"),
+    ),
     "lion/loss_scale.py": (_tests("optimizers/test_loss_scale.py"), _tests("optimizers/test_contract.py")),
     "lion/optimizers.py": (
         _tests("interop/test_signatures.py", "optimizers/test_construction.py", "optimizers/test_loss_scale.py"),

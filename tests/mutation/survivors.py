@@ -184,6 +184,7 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "NEXT, ACTIVE, CONTROL_SIZE = 8, 17, 24",
             "NEXT, ACTIVE, CONTROL_SIZE = 8, 15, 24",
             "NEXT, ACTIVE, CONTROL_SIZE = 8, 16, 25",
+            "NEXT, ACTIVE, CONTROL_SIZE = 8, 16, 23",
         ),
         (
             "CLOSED = 1 << 62",
@@ -261,6 +262,134 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             'inlined = numba.njit(nogil=False, error_model="numpy")',
         ),
     ),
+    "lion/backends.py": (
+        (
+            'return _make(name, device.type == "cpu")',
+            "a GPU or the simulator can tell",
+            'return _make(name, device.type != "cpu")',
+        ),
+        (
+            'if device.type == "cuda" and name != "cuda":',
+            "a GPU or the simulator can tell",
+            'if device.type == "cuda" and name == "cuda":',
+        ),
+        (
+            "return torch.from_numpy(norms)[0]",
+            "there is one",
+            "return torch.from_numpy(norms)[ -1]",
+        ),
+        (
+            "return torch.from_numpy(scales)[0]",
+            "there is one",
+            "return torch.from_numpy(scales)[ -1]",
+        ),
+        (
+            "scales = np.ones(1, np.float32)",
+            _ROOM,
+            "scales = np.ones( 2, np.float32)",
+        ),
+        (
+            "cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 1)",
+            _ALONE,
+            "cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 2)",
+        ),
+    ),
+    "lion/batches.py": (
+        (
+            "self.sharded = sharding.is_dtensor(params[0])",
+            "all are alike",
+            "self.sharded = sharding.is_dtensor(params[ -1])",
+        ),
+        (
+            "self.device = params[0].device",
+            "all are alike",
+            "self.device = params[ -1].device",
+        ),
+        (
+            "self.dtype = params[0].dtype",
+            "all are alike",
+            "self.dtype = params[ -1].dtype",
+        ),
+        (
+            "if key in states[0]:",
+            "all are alike",
+            "if key in states[ -1]:",
+        ),
+        (
+            "self.table = np.zeros((8, len(params)), np.int64)",
+            "a row that nobody reads",
+            "self.table = np.zeros(( 9, len(params)), np.int64)",
+        ),
+    ),
+    "lion/checkpoints.py": (
+        (
+            'raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[0]!r} of its states")',
+            "the first of a set is any",
+            'raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[ -1]!r} of its states")',
+        ),
+    ),
+    "lion/functional.py": (
+        (
+            "if not 1 <= percentile < reference.HISTORY:",
+            "the kernel refuses it in the same words",
+            "if not 1 <= percentile <= reference.HISTORY:",
+            "if not 0 <= percentile < reference.HISTORY:",
+        ),
+        (
+            "shared, version = _shared_maps.get(device, (None, 0))",
+            "the version of a map that is not there",
+            "shared, version = _shared_maps.get(device, (None, 1))",
+            "shared, version = _shared_maps.get(device, (None, -1))",
+        ),
+    ),
+    "lion/in_backward.py": (
+        (
+            "processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1",
+            "one process or none: both are no others",
+            "processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 0",
+        ),
+        (
+            'stepper.param_groups[0]["param_names"] = [names[index] if names else f"{index} of group {number}"]',
+            "there is one",
+            'stepper.param_groups[ -1]["param_names"] = [names[index] if names else f"{index} of group {number}"]',
+        ),
+        (
+            "group = stepper.param_groups[0]",
+            "there is one",
+            "group = stepper.param_groups[ -1]",
+        ),
+    ),
+    "lion/options.py": (
+        (
+            "pair = () if isinstance(betas, (Iterator, Mapping, Set)) else tuple(islice(betas, 3))",
+            "neither three nor four are two",
+            "pair = () if isinstance(betas, (Iterator, Mapping, Set)) else tuple(islice(betas, 4))",
+        ),
+    ),
+    "lion/paging.py": (
+        (
+            "if size > shutil.disk_usage(folder).free:",
+            "the two are never equal",
+            "if size >= shutil.disk_usage(folder).free:",
+        ),
+        (
+            "_forks = 0",
+            "the number is only compared with itself",
+            "_forks = 1",
+            "_forks = -1",
+        ),
+        (
+            "_forks += 1",
+            "the number is only compared with itself",
+            "_forks += 2",
+        ),
+        (
+            'with tempfile.TemporaryFile(dir=folder, prefix="lion-", buffering=0) as file:',
+            "nothing is written through the file",
+            'with tempfile.TemporaryFile(dir=folder, prefix="lion-", buffering= 1) as file:',
+            'with tempfile.TemporaryFile(dir=folder, prefix="lion-", buffering= -1) as file:',
+        ),
+    ),
     "lion/plan.py": (
         (
             "_PORTION = 256 * 2**20",
@@ -311,6 +440,30 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "turns[memory.data_ptr()] += 1",
             "turns have to differ, no more",
             "turns[memory.data_ptr()] += 2",
+        ),
+    ),
+    "lion/sharding.py": (
+        (
+            "sums = values if values.device.type == mesh.device_type else values.to(mesh.device_type)",
+            "only a GPU can tell",
+            "sums = values if values.device.type != mesh.device_type else values.to(mesh.device_type)",
+        ),
+        (
+            'blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 1',
+            "a row of one",
+            'blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 2',
+        ),
+    ),
+    "lion/state.py": (
+        (
+            "return int((thresholds < 0).sum())",
+            "no threshold is 0",
+            "return int((thresholds <= 0).sum())",
+        ),
+        (
+            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r}")',
+            "any of them may be named",
+            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[ -1]!r}")',
         ),
     ),
 }

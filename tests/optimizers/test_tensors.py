@@ -153,6 +153,15 @@ def test_no_elements(make, shape):
 
 
 @every_kind
+def test_no_elements_beyond_the_end_of_memory(make):
+    p = nn.Parameter(torch.ones(4).as_strided((0, 3), (3, 1), 100))
+    p.grad = torch.ones(0, 3)
+    optimizer = make([p], **SMALL)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+
+
+@every_kind
 def test_parameters_in_the_same_memory_take_turns(make):
     """In one kernel call, several threads would write to it at once."""
     p, other, empty = parameter(300), parameter(400), nn.Parameter(torch.ones(0))
