@@ -186,6 +186,42 @@ def test_update_8bit_tensorwise(
         new_absmax.check()
 
 
+@pytest.mark.parametrize("sizes", [(300,), (300, 700)])
+def test_update_8bit_tensorwise_of_ordinary_numbers(sizes: tuple[int, ...]) -> None:
+    """Random bits make most absmax NaN, which hides a tensor that is updated twice."""
+    random = np.random.default_rng(0)
+    k = reference.coefficients(1e-2, (0.9, 0.99), 0.1)
+    drawn = [
+        Tensor(
+            param=guarded(random.normal(size=size).astype(np.float32)),
+            grad=guarded(random.normal(size=size).astype(np.float32)),
+            momentum=guarded(np.zeros(size, np.float32)),
+            codes=guarded(random.integers(0, 256, size).astype(np.uint8)),
+            absmax=guarded(np.array([0.5], np.float32)),
+            step=guarded(np.zeros(1, np.float32)),
+            scale=np.float32(1),
+        )
+        for size in sizes
+    ]
+    before = copies(drawn)
+    expected = []
+    for old in before:
+        updated = reference.update_8bit_tensorwise(old["param"], old["grad"], old["codes"], old["absmax"], QMAP, k)
+        expected.append(dict(zip(("param", "codes", "absmax"), updated, strict=True), step=np.ones(1, np.float32)))
+    scratch = [guarded(np.zeros(1, np.float32)) for _ in drawn]
+    cpu_kernels.update_8bit_tensorwise(
+        "float32",
+        *table(drawn, "param", "grad", "codes", "absmax"),
+        addresses(scratch),
+        sizes_of(drawn),
+        *table(drawn, "step"),
+        scales_of(drawn),
+        np.array(k, np.float32),
+        1,
+    )
+    check(drawn, before, expected, k)
+
+
 @pytest.mark.parametrize("name", cpu_kernels.__all__)
 def test_updates_and_norms_have_the_defaults_of_the_reference(name: str) -> None:
     own, wanted = (inspect.signature(getattr(package, name)).parameters for package in (cpu_kernels, reference))

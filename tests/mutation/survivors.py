@@ -262,6 +262,94 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             'inlined = numba.njit(nogil=False, error_model="numpy")',
         ),
     ),
+    "cpu_kernels/avx512.py": (
+        (
+            "_FIRST_EXPONENT, _LAST_EXPONENT = 104, 127",
+            "all thresholds still lie between",
+            "_FIRST_EXPONENT, _LAST_EXPONENT = 105, 127",
+            "_FIRST_EXPONENT, _LAST_EXPONENT = 103, 127",
+            "_FIRST_EXPONENT, _LAST_EXPONENT = 104, 128",
+        ),
+        (
+            "for octave in range(_LAST_EXPONENT - _FIRST_EXPONENT + 1):",
+            "all thresholds still lie between",
+            "for octave in range(_LAST_EXPONENT - _FIRST_EXPONENT + 2):",
+        ),
+        (
+            "negative = np.append(-thresholds[:ZERO_CODE][::-1], np.float32(1.0)).view(np.uint32)",
+            "the greatest threshold has no negative counterpart, whichever number stands there",
+            "negative = np.append(-thresholds[:ZERO_CODE][::-1], np.float32( 2.0)).view(np.uint32)",
+            "negative = np.append(-thresholds[:ZERO_CODE][::-1], np.float32( 0.0)).view(np.uint32)",
+        ),
+        (
+            "for bits in range(9):",
+            "eight bits are never needed",
+            "for bits in range( 10):",
+            "for bits in range( 8):",
+        ),
+        (
+            "return addends, shifts, np.array(codes + [0] * (256 - len(codes)), np.uint8)",
+            "entries that are never looked up",
+            "return addends, shifts, np.array(codes + [ 1] * (256 - len(codes)), np.uint8)",
+        ),
+        (
+            "signature = ir.FunctionType(args[0].type, [arg.type for arg in args])",
+            "all vectors there are alike",
+            "signature = ir.FunctionType(args[ 1].type, [arg.type for arg in args])",
+            "signature = ir.FunctionType(args[ -1].type, [arg.type for arg in args])",
+        ),
+        (
+            "order = list(range(2 * vectors[0].type.count))",
+            "all vectors there are alike",
+            "order = list(range(2 * vectors[ 1].type.count))",
+            "order = list(range(2 * vectors[ -1].type.count))",
+        ),
+        (
+            "return vectors[0]",
+            "there is one",
+            "return vectors[ -1]",
+        ),
+        (
+            "planes = [_lookup_bytes(builder, plane, codes) for plane in table.view(np.uint8).reshape(-1, 4).T]",
+            _NEGATIVE,
+            "planes = [_lookup_bytes(builder, plane, codes) for plane in table.view(np.uint8).reshape(- 2, 4).T]",
+        ),
+        (
+            "vectors = _lookup(builder, _QMAP, builder.load(_at(builder, args[0], 0, BYTES), align=1))",
+            "x86 loads and stores whole vectors at any address",
+            "vectors = _lookup(builder, _QMAP, builder.load(_at(builder, args[0], 0, BYTES), align= 2))",
+        ),
+        (
+            "builder.store(codes, _at(builder, args[2], 0, BYTES), align=1)",
+            "x86 loads and stores whole vectors at any address",
+            "builder.store(codes, _at(builder, args[2], 0, BYTES), align= 2)",
+        ),
+        (
+            'upper = _call(builder, "vpermi2var.hi.512", low, _vector(I16, np.arange(1, 64, 2)), high)',
+            "NumPy stops at the same number",
+            'upper = _call(builder, "vpermi2var.hi.512", low, _vector(I16, np.arange(1, 65, 2)), high)',
+        ),
+        (
+            'bucket = _call(builder, "vpermi2var.qi.512", low, _vector(I8, np.arange(0, 128, 2)), high)',
+            "NumPy stops at the same number",
+            'bucket = _call(builder, "vpermi2var.qi.512", low, _vector(I8, np.arange(0, 127, 2)), high)',
+        ),
+        (
+            'negative.append(builder.icmp_signed("<", upper, _splat(WORDS, 0)))',
+            "the code of 0 is its own mirror",
+            'negative.append(builder.icmp_signed("<", upper, _splat(WORDS, 1)))',
+        ),
+        (
+            'negative.append(builder.icmp_signed("<", upper, _splat(WORDS, 0)))',
+            "a NaN does not get here",
+            'negative.append(builder.icmp_signed("<", upper, _splat(WORDS, -1)))',
+        ),
+        (
+            'all(llvmlite.binding.get_host_cpu_features().get(f"avx512{name}", False) for name in ("f", "bw", "vbmi"))',
+            "x86 names all features",
+            'all(llvmlite.binding.get_host_cpu_features().get(f"avx512{name}", True) for name in ("f", "bw", "vbmi"))',
+        ),
+    ),
     "lion/backends.py": (
         (
             'return _make(name, device.type == "cpu")',
