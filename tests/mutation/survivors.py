@@ -529,6 +529,17 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "turns have to differ, no more",
             "turns[memory.data_ptr()] += 2",
         ),
+        (
+            'paged_bytes += sharding.local(new_states[p]["state1"]).nbytes if form.paged else 0',
+            "how much one call updates: speed and memory only",
+            'paged_bytes += sharding.local(new_states[p]["state1"]).nbytes if form.paged else 1',
+            'paged_bytes += sharding.local(new_states[p]["state1"]).nbytes if form.paged else -1',
+        ),
+        (
+            "mine = [(batch, step) for batch, step in prepared if batch.params[0] in places]",
+            "all are alike",
+            "mine = [(batch, step) for batch, step in prepared if batch.params[ -1] in places]",
+        ),
     ),
     "lion/sharding.py": (
         (
