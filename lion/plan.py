@@ -171,9 +171,9 @@ class Plan:
         It waits for the devices, except where a learning rate is not zero or a tensor on one of them.
         """
         rates = [group["lr"] for group in self._groups]
-        if any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates) or any(map(bool, rates)):
-            return False
-        if any(batch.device.type == "cuda" for batch, _ in prepared) and torch.cuda.is_current_stream_capturing():
+        on_device = any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
+        on_gpu = any(batch.device.type == "cuda" for batch, _ in prepared)
+        if on_device or any(map(bool, rates)) or (on_gpu and torch.cuda.is_current_stream_capturing()):
             return False
         changes = any(
             step.device_lr is not None or step.values.lr != 0 or any(map(Tensor.any, batch.gradients))

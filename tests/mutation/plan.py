@@ -118,7 +118,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _tests("optimizers/test_tensors.py", "optimizers/test_overrides.py", "optimizers/test_construction.py"),
         _tests("optimizers/test_contract.py", "distributed/test_one_process.py", "optimizers/test_programs.py"),
         _tests("fuzzing", "failures", "paging/test_paged.py", "optimizers/test_state.py"),
-        _tests("distributed/test_fsdp1.py", "distributed/test_agreement.py"),
+        _tests("distributed/test_fsdp1.py", "distributed/test_fsdp2.py", "distributed/test_agreement.py"),
     ),
     "lion/sharding.py": (
         _tests("distributed/test_one_process.py"),

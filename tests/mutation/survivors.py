@@ -498,11 +498,6 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "paged_bytes = -1",
         ),
         (
-            'if any(batch.device.type == "cuda" for batch, _ in prepared) and torch.cuda.is_current_stream_capturing():',
-            "only a GPU can tell",
-            'if any(batch.device.type != "cuda" for batch, _ in prepared) and torch.cuda.is_current_stream_capturing():',
-        ),
-        (
             'if lr.device == device and device.type == "cuda":',
             "only a GPU can tell",
             'if lr.device != device and device.type == "cuda":',
@@ -512,11 +507,6 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "only a GPU can tell",
             "return StepCoefficients(_rounded( 1.0, betas, weight_decay), lr, weight_decay)",
             "return StepCoefficients(_rounded( -1.0, betas, weight_decay), lr, weight_decay)",
-        ),
-        (
-            "key = (form, percentile, number, hyperparameters, p.device, p.dtype, layout, form.paged and portion, turn)",
-            "only a GPU can tell",
-            "key = (form, percentile, number, hyperparameters, p.device, p.dtype, layout, form.paged or portion, turn)",
         ),
         (
             "turn = turns[memory.data_ptr()] if memory.numel() else 0",
@@ -539,6 +529,22 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "mine = [(batch, step) for batch, step in prepared if batch.params[0] in places]",
             "all are alike",
             "mine = [(batch, step) for batch, step in prepared if batch.params[ -1] in places]",
+        ),
+        (
+            'on_gpu = any(batch.device.type == "cuda" for batch, _ in prepared)',
+            "only a GPU can tell",
+            'on_gpu = any(batch.device.type != "cuda" for batch, _ in prepared)',
+        ),
+        (
+            "if on_device or any(map(bool, rates)) or (on_gpu and torch.cuda.is_current_stream_capturing()):",
+            "only a GPU can tell",
+            "if on_device or any(map(bool, rates)) or (on_gpu or torch.cuda.is_current_stream_capturing()):",
+        ),
+        (
+            "if on_device or any(map(bool, rates)) or (on_gpu and torch.cuda.is_current_stream_capturing()):",
+            "a learning rate that is not 0 is found below, too",
+            "if on_device and any(map(bool, rates)) or (on_gpu and torch.cuda.is_current_stream_capturing()):",
+            "if on_device or any(map(bool, rates)) and (on_gpu and torch.cuda.is_current_stream_capturing()):",
         ),
     ),
     "lion/sharding.py": (
