@@ -232,6 +232,16 @@ def test_state_that_fits_is_kept(mesh: DeviceMesh) -> None:
         assert before is after is state.placed(after, paged=False)
 
 
+def test_state_is_contiguous(mesh: DeviceMesh) -> None:
+    params = parameters(mesh, [(2, 3, 100)])
+    optimizer = lion.Lion8bit(params, min_8bit_size=0)
+    set_gradients(params, 0)
+    optimizer.step()
+    for key in ("state1", "absmax1"):
+        value = optimizer.state[params[0]][key]
+        assert value.stride() == torch.empty(value.shape).stride()
+
+
 def test_gradients_on_their_way(mesh: DeviceMesh) -> None:
     (p,), (q,) = parameters(mesh, [(8, 4)]), parameters(None, [(8, 4)])
     q.grad = torch.randn(8, 4)

@@ -558,6 +558,16 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "a row of one",
             'blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 2',
         ),
+        (
+            "if is_dtensor(grad) and (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh):",
+            "redistributing to the same placements changes nothing",
+            "if is_dtensor(grad) or (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh):",
+        ),
+        (
+            'needed = wrapped({key: new["state1"].new_empty(0) for key in state if key in _PER_SHARD}, like)',
+            "its values are not looked at",
+            'needed = wrapped({key: new["state1"].new_empty( 1) for key in state if key in _PER_SHARD}, like)',
+        ),
     ),
     "lion/state.py": (
         (
