@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lion
@@ -121,10 +121,13 @@ def assert_same_layout(state: dict[str, Any], p: DTensor, what: str) -> None:
     momentum = state["state1"]
     assert (momentum.shape, momentum.placements, momentum.device_mesh) == (p.shape, p.placements, p.device_mesh), what
     assert momentum.stride() == torch.empty(p.shape, device="meta").stride(), what
-    grid = [1] * p.ndim
+    grid, largest = [1] * p.ndim, list(p.shape)
     for i, placement in enumerate(p.placements):
         if not placement.is_replicate():
             grid[placement.dim] *= p.device_mesh.size(i)
+            largest[placement.dim] = -(-largest[placement.dim] // p.device_mesh.size(i))
+    if "absmax1" in state:
+        assert state["absmax1"].shape[-1] == -(-int(np.prod(largest)) // 256), what
     for key in ("absmax1", "max1", "new_max1"):
         if key in state:
             assert (list(state[key].shape[:-1]), state[key].placements) == (grid, p.placements), what
@@ -190,6 +193,28 @@ def gradients_are_absent() -> None:
 
 def test_gradients_that_are_absent_on_some_processes(forking):
     run(forking, 3, gradients_are_absent)
+
+
+def gradients_laid_out_otherwise() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.arange(60.0).view(6, 10) - 30
+    layouts = {
+        "replicated": lambda: distribute_tensor(whole, mesh, [Replicate()]),
+        "other dimension": lambda: distribute_tensor(whole, mesh, [Shard(1)]),
+        "not summed": lambda: DTensor.from_local(whole * (0.25 if dist.get_rank() else 0.75), mesh, [Partial()]),
+    }
+    [p] = shard_parameters([torch.ones(6, 10)], mesh, [Shard(0)])
+    shards = Shards(VARIANTS["Lion"], [p])
+    for name, gradient in layouts.items():
+        shards.set_gradients([whole])
+        shards.move_copies()
+        p.grad = gradient()
+        shards.optimizer.step()
+        shards.check_all(name)
+
+
+def test_gradients_laid_out_otherwise(forking):
+    run(forking, 2, gradients_laid_out_otherwise)
 
 
 def paged_by_the_shard() -> None:

@@ -130,6 +130,19 @@ def test_between_batches(make, place, moved, monkeypatch):
     follow(optimizer, copies, 3, seed=60)
 
 
+@pytest.mark.parametrize("count, more", [(20, ""), (21, " and 1 more"), (23, " and 3 more")])
+def test_long_reports_are_shortened(count, more, monkeypatch):
+    params = {f"p{i}": parameter(3) for i in range(count)}
+    for p in params.values():
+        p.grad = torch.ones(3)
+    optimizer = lion.Lion(params.items())
+    monkeypatch.setattr(CpuBackend, "update", stop)
+    with pytest.raises(Stop) as caught:
+        optimizer.step()
+    names = ", ".join(f"parameter 'p{i}'" for i in range(20))
+    assert f"Updated: none. Updated or not, perhaps in part: {names}{more}. Unchanged" in str(caught.value.__cause__)
+
+
 def named(report: str) -> tuple[set[str], set[str]]:
     """Return the names of the parameters that have been updated, and of those that perhaps have."""
     updated, uncertain = re.search(

@@ -196,6 +196,14 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "there are never 0 threads here",
             "if threads == 0 or elements <= SMALL:",
         ),
+        (
+            "return tensor, first, 0, 0",
+            _UNUSED,
+            "return tensor, first, 1, 0",
+            "return tensor, first, -1, 0",
+            "return tensor, first, 0, 1",
+            "return tensor, first, 0, -1",
+        ),
     ),
     "cpu_kernels/device.py": (
         (

@@ -78,6 +78,7 @@ def test_gradients_of_other_layouts(make, percentile):
         "flipped": lambda: torch.randn(30, 40).flip(0),
         "with a graph": lambda: torch.randn(30, 40, requires_grad=True) * 2,
         "negative bit": lambda: torch.randn(30, 40, dtype=torch.complex64).conj().imag,
+        "contiguous with the negative bit": lambda: torch._neg_view(torch.randn(30, 40)),
     }
     torch.manual_seed(0)
     kwargs = {**SMALL, "percentile_clipping": percentile}
