@@ -588,5 +588,10 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "any of them may be named",
             'raise ValueError(f"Invalid state of {name}: unknown key {unknown[ -1]!r}")',
         ),
+        (
+            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 1))",
+            "one block holds one element or none either way",
+            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 2))",
+        ),
     ),
 }
