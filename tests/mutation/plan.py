@@ -96,7 +96,9 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _tests("optimizers/test_contract.py", "optimizers/test_state.py", "interop", "checkpoints/test_foreign.py"),
     ),
     "lion/exchange.py": (_tests("interop", "fuzzing/test_checkpoints.py", "distributed/test_one_process.py"),),
-    "lion/functional.py": (_tests("optimizers/test_functional.py", "interop", "differential/test_errors.py"),),
+    "lion/functional.py": (
+        _tests("optimizers/test_functional.py", "interop", "differential/test_errors.py", "fuzzing/test_memory.py"),
+    ),
     "lion/in_backward.py": (
         _tests("optimizers/test_in_backward.py"),
         _tests("distributed/test_in_backward.py"),

@@ -269,6 +269,16 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "the kernel around it has given the GIL away",
             'inlined = numba.njit(nogil=False, error_model="numpy")',
         ),
+        (
+            "value = builder.load(_pointer(builder, args[1], args[2], item), align=1)",
+            "x86 loads and stores at any address",
+            "value = builder.load(_pointer(builder, args[1], args[2], item), align= 2)",
+        ),
+        (
+            "builder.store(value, _pointer(builder, args[1], args[2], item), align=1)",
+            "x86 loads and stores at any address",
+            "builder.store(value, _pointer(builder, args[1], args[2], item), align= 2)",
+        ),
     ),
     "cpu_kernels/avx512.py": (
         (

@@ -173,6 +173,11 @@ def test_dequantize_refuses(arguments):
         F.dequantize_blockwise(**{"A": CODES, "absmax": torch.ones(2), "blocksize": 64, **arguments})
 
 
+def test_dequantize_says_which_dtypes_there_are():
+    with pytest.raises(TypeError, match=r"^Invalid dtype: torch.float64; torch.float32, .*allowed$"):
+        F.dequantize_blockwise(CODES, F.QuantState(torch.ones(2), QMAP, 64, torch.float64))
+
+
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 @every_dtype
 def test_percentile_clipping(name, dtype):

@@ -59,7 +59,8 @@ def test_is_sparse_has_no_effect_and_says_so(manager):
         manager.initialize()
         with pytest.warns(UserWarning, match="'is_sparse' has no effect") as warned:
             call()
-        assert [warning.filename for warning in warned] == [__file__]
+        [warning] = warned
+        assert (warning.filename, warning.lineno) == (__file__, call.__code__.co_firstlineno)
         assert manager.lookup() == {id(layer.weight): {"optim_bits": 8}}
 
 
