@@ -1,8 +1,8 @@
-"""How a CPU does it: fused Numba kernels with the results of ``reference``, to the bit, in place on raw addresses."""
+"""How a CPU does it: fused Numba kernels with the results of :mod:`lion.reference`, bit for bit, on raw addresses."""
 
-from cpu_kernels.clipping import percentile_clipping, squared_norm
-from cpu_kernels.lion import update_8bit_blockwise, update_8bit_tensorwise, update_32bit
-from cpu_kernels.quantization import dequantize_blockwise, quantize_blockwise
+from lion.cpu_kernels.clipping import percentile_clipping, squared_norm
+from lion.cpu_kernels.lion import update_8bit_blockwise, update_8bit_tensorwise, update_32bit
+from lion.cpu_kernels.quantization import dequantize_blockwise, quantize_blockwise
 
 __all__ = [
     "dequantize_blockwise",

@@ -15,8 +15,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cpu_kernels.device import FLOAT, I8, I16, I32, I64
-from reference import create_dynamic_map, quantize_thresholds
+from lion.cpu_kernels.device import FLOAT, I8, I16, I32, I64
+from lion.reference import create_dynamic_map, quantize_thresholds
 
 BYTES, WORDS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 INTEGERS, FLOATS16 = ir.VectorType(I32, 16), ir.VectorType(FLOAT, 16)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.device import FLOAT32, FLOATS, INTEGER, TABLE, by_dtype, inlined, kernel, load, store
-from cpu_kernels.pool import Int64Array, enter, leave, pull, run
-from reference.clipping import CHUNK, CHUNK_LANES, HISTORY, TOTAL_LANES
+from lion.cpu_kernels.device import FLOAT32, FLOATS, INTEGER, TABLE, by_dtype, inlined, kernel, load, store
+from lion.cpu_kernels.pool import Int64Array, enter, leave, pull, run
+from lion.reference.clipping import CHUNK, CHUNK_LANES, HISTORY, TOTAL_LANES
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -18,7 +18,7 @@ Float32Array = npt.NDArray[np.float32]
 def squared_norm(
     dtype: str, grads: Int64Array, sizes: Int64Array, threads: int, inv_scale: float | np.float32 = 1.0
 ) -> Float32Array:
-    """Return the squared norms of gradients, see :func:`reference.squared_norm`.
+    """Return the squared norms of gradients, see :func:`lion.reference.squared_norm`.
 
     Args:
         dtype: The dtype of the gradients: "float32", "float16" or "bfloat16".
@@ -48,7 +48,7 @@ def percentile_clipping(
     percentile: int,
     threads: int,
 ) -> None:
-    """Record squared gradient norms and write the scales that clip, see :func:`reference.percentile_clipping`.
+    """Record squared gradient norms and write the scales that clip, see :func:`lion.reference.percentile_clipping`.
 
     Args:
         squared_norms: float32 array: the squared norms.

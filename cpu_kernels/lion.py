@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.device import (
+from lion.cpu_kernels.device import (
     FLOAT32,
     FLOATS,
     MAGNITUDE,
@@ -26,9 +26,9 @@ from cpu_kernels.device import (
     stack,
     store,
 )
-from cpu_kernels.pool import Int64Array, enter, leave, pull, run
-from cpu_kernels.quantization import CHUNK, dequantize_block, quantize_block, stored_absmax
-from reference import BLOCK_SIZE
+from lion.cpu_kernels.pool import Int64Array, enter, leave, pull, run
+from lion.cpu_kernels.quantization import CHUNK, dequantize_block, quantize_block, stored_absmax
+from lion.reference import BLOCK_SIZE
 
 Float32Array = npt.NDArray[np.float32]
 SIGN = np.uint32(0x80000000)
@@ -46,7 +46,7 @@ def update_32bit(
     threads: int,
     inv_scale: float | np.float32 = 1.0,
 ) -> None:
-    """Step tensors with float32 momentum, see :func:`reference.update_32bit`.
+    """Step tensors with float32 momentum, see :func:`lion.reference.update_32bit`.
 
     Args:
         dtype: The dtype of parameters and gradients: "float32", "float16" or "bfloat16".
@@ -56,7 +56,7 @@ def update_32bit(
         sizes: Element counts.
         steps: Addresses of float32 step counters that grow by 1; 0 for none.
         scales: float32 array: factors that clip the gradients.
-        k: float32 array of shape (6,): the fields of :class:`reference.Coefficients`.
+        k: float32 array of shape (6,): the fields of :class:`lion.reference.Coefficients`.
         threads: How many threads may work, at least 1.
         inv_scale: Factor that undoes the scaling of the loss, rounded to float32 (default: 1).
 
@@ -79,7 +79,7 @@ def update_8bit_blockwise(
     threads: int,
     inv_scale: float | np.float32 = 1.0,
 ) -> None:
-    """Step tensors with blockwise 8-bit momentum, see :func:`reference.update_8bit_blockwise`.
+    """Step tensors with blockwise 8-bit momentum, see :func:`lion.reference.update_8bit_blockwise`.
 
     The map is the signed dynamic map, the block size 256.
 
@@ -92,7 +92,7 @@ def update_8bit_blockwise(
         sizes: Element counts.
         steps: Addresses of float32 step counters that grow by 1; 0 for none.
         scales: float32 array: factors that clip the gradients.
-        k: float32 array of shape (6,): the fields of :class:`reference.Coefficients`.
+        k: float32 array of shape (6,): the fields of :class:`lion.reference.Coefficients`.
         threads: How many threads may work, at least 1.
         inv_scale: Factor that undoes the scaling of the loss, rounded to float32 (default: 1).
 
@@ -129,7 +129,7 @@ def update_8bit_tensorwise(
     threads: int,
     inv_scale: float | np.float32 = 1.0,
 ) -> None:
-    """Step tensors with tensor-wise 8-bit momentum, see :func:`reference.update_8bit_tensorwise`.
+    """Step tensors with tensor-wise 8-bit momentum, see :func:`lion.reference.update_8bit_tensorwise`.
 
     Args:
         dtype: The dtype of parameters and gradients: "float32", "float16" or "bfloat16".
@@ -141,7 +141,7 @@ def update_8bit_tensorwise(
         sizes: Element counts.
         steps: Addresses of float32 step counters that grow by 1; 0 for none.
         scales: float32 array: factors that clip the gradients.
-        k: float32 array of shape (6,): the fields of :class:`reference.Coefficients`.
+        k: float32 array of shape (6,): the fields of :class:`lion.reference.Coefficients`.
         threads: How many threads may work, at least 1.
         inv_scale: Factor that undoes the scaling of the loss, rounded to float32 (default: 1).
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.device import DEFAULT_FLOAT_MODE, atomic_add, inlined, kernel, pause, set_float_mode
+from lion.cpu_kernels.device import DEFAULT_FLOAT_MODE, atomic_add, inlined, kernel, pause, set_float_mode
 
 Int64Array = npt.NDArray[np.int64]
 

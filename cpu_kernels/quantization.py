@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels import avx512
-from cpu_kernels.device import (
+from lion.cpu_kernels import avx512
+from lion.cpu_kernels.device import (
     FLOATS,
     INTEGER,
     MAGNITUDE,
@@ -21,8 +21,8 @@ from cpu_kernels.device import (
     load,
     store,
 )
-from cpu_kernels.pool import enter, leave, pull, run
-from reference import create_dynamic_map, quantize_thresholds
+from lion.cpu_kernels.pool import enter, leave, pull, run
+from lion.reference import create_dynamic_map, quantize_thresholds
 
 CHUNK = 16384
 SMALLEST_NORMAL, INFINITY = np.uint32(0x00800000), np.uint32(0x7F800000)
@@ -170,7 +170,7 @@ def quantize_blockwise(
     block_size: int,
     threads: int,
 ) -> None:
-    """Quantize a tensor to 8-bit codes, see :func:`reference.quantize_blockwise`.
+    """Quantize a tensor to 8-bit codes, see :func:`lion.reference.quantize_blockwise`.
 
     Args:
         dtype: The dtype of ``values``: "float32", "float16" or "bfloat16".
@@ -201,7 +201,7 @@ def dequantize_blockwise(
     block_size: int,
     threads: int,
 ) -> None:
-    """Write the values that codes stand for, rounded once to the dtype, see :func:`reference.dequantize_blockwise`.
+    """Write the values of codes, rounded once to the dtype, see :func:`lion.reference.dequantize_blockwise`.
 
     Args:
         dtype: The dtype of ``values``: "float32", "float16" or "bfloat16".

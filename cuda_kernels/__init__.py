@@ -1,1 +1,1 @@
-"""How a GPU does it: Numba-CUDA kernels with the results of :mod:`reference`, bit for bit."""
+"""How a GPU does it: Numba-CUDA kernels with the results of :mod:`lion.reference`, bit for bit."""

@@ -1,4 +1,4 @@
-"""Squared gradient norms and percentile clipping on the GPU, summed in the order of ``reference.clipping``."""
+"""Squared gradient norms and percentile clipping on the GPU, summed in the order of ``lion.reference.clipping``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import cuda, float32, float64, int32
 
-from cuda_kernels.device import (
+from lion.cuda_kernels.device import (
     FLOAT32,
     WARPS,
     add,
@@ -27,8 +27,20 @@ from cuda_kernels.device import (
     store_f32,
     sync_warp,
 )
-from cuda_kernels.lion import load_gradient, read_count, read_inv_scale, read_item
-from cuda_kernels.table import GNORM_VEC, GRAD, ITEMS, PARTIALS, PERCENTILE, ROW_BYTES, ROWS, SCALE, SIZE, STEP, TENSORS
+from lion.cuda_kernels.lion import load_gradient, read_count, read_inv_scale, read_item
+from lion.cuda_kernels.table import (
+    GNORM_VEC,
+    GRAD,
+    ITEMS,
+    PARTIALS,
+    PERCENTILE,
+    ROW_BYTES,
+    ROWS,
+    SCALE,
+    SIZE,
+    STEP,
+    TENSORS,
+)
 
 HISTORY = 100
 CHUNK = 4096

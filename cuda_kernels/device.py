@@ -19,7 +19,7 @@ from numba import config, cuda
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from cuda_kernels import table
+from lion.cuda_kernels import table
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 

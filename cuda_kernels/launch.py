@@ -3,11 +3,11 @@
 Nothing here allocates device memory or waits for the device. The functions take raw device addresses; the caller
 provides, in device memory:
 
-- a table made by :func:`cuda_kernels.table.table`, 16-byte aligned (the words are int64; the first 24 bytes are the
-  coefficients, which may be rewritten between launches);
-- a work list made by :func:`cuda_kernels.table.work_list`, with unit 256 for the updates and 4096 for the norms,
+- a table made by :func:`lion.cuda_kernels.table.table`, 16-byte aligned (the words are int64; the first 24 bytes are
+  the coefficients, which may be rewritten between launches);
+- a work list made by :func:`lion.cuda_kernels.table.work_list`, with unit 256 for the updates and 4096 for the norms,
   whose address and length the table holds;
-- for the 8-bit updates :func:`cuda_kernels.quantization.lookup_table`, 16-byte aligned, once per device;
+- for the 8-bit updates :func:`lion.cuda_kernels.quantization.lookup_table`, 16-byte aligned, once per device;
 - for the norms one float32 per 4096 elements and tensor (``partials``), for clipping one float32 per tensor
   (``scales``), written by :func:`percentile_clipping` and read by the updates.
 
@@ -27,7 +27,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from cuda_kernels.table import WARPS
+from lion.cuda_kernels.table import WARPS
 
 SIMULATED_BLOCKS = 2
 INSTALL = 'pip install "numba-lion[cu13]" (or "numba-lion[cu12]" for a driver of CUDA 12)'
@@ -80,8 +80,8 @@ def kernel(name: str, dtype: str | None, scaled_loss: bool = False) -> Any:
     Returns:
         The function, to be compiled; its name on disk and in profilers tells what it is.
     """
-    from cuda_kernels import clipping, lion, quantization
-    from cuda_kernels.device import BFLOAT16, FLOAT16, FLOAT32
+    from lion.cuda_kernels import clipping, lion, quantization
+    from lion.cuda_kernels.device import BFLOAT16, FLOAT16, FLOAT32
 
     codes = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
     make = (vars(lion) | vars(quantization) | vars(clipping))[f"make_{name}"]
@@ -249,7 +249,7 @@ def quantize_blockwise(
         codes: Address of the codes, uint8.
         absmax: Address of the absmax, float32, one per block.
         size: Number of elements.
-        thresholds: Address of ``reference.quantize_thresholds`` of the map: 255 float32.
+        thresholds: Address of ``lion.reference.quantize_thresholds`` of the map: 255 float32.
         block_size: Elements in a block.
         device: Index of the device.
         stream: Handle of the stream.

@@ -1,8 +1,8 @@
 """The Lion update on the GPU, in place, with 32-bit and with 8-bit momentum.
 
-Every kernel takes the address of a table (see :mod:`cuda_kernels.table`). A block of threads takes work items in turn;
-within one, the warps take turns at its blocks of 256 elements. Whole blocks of a tensor whose addresses allow it go
-first, 8 consecutive elements a lane, moved by 128 bits; the rest is moved element by element.
+Every kernel takes the address of a table (see :mod:`lion.cuda_kernels.table`). A block of threads takes work items in
+turn; within one, the warps take turns at its blocks of 256 elements. Whole blocks of a tensor whose addresses allow it
+go first, 8 consecutive elements a lane, moved by 128 bits; the rest is moved element by element.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import cuda, float32, uint32
 
-from cuda_kernels.device import (
+from lion.cuda_kernels.device import (
     FLOAT32,
     WARPS,
     abs_max,
@@ -37,7 +37,7 @@ from cuda_kernels.device import (
     store_u8,
     sub,
 )
-from cuda_kernels.quantization import (
+from lion.cuda_kernels.quantization import (
     LOOKUP_WORDS,
     abs_max_8,
     code_factor,
@@ -48,7 +48,7 @@ from cuda_kernels.quantization import (
     stored_absmax,
     warp_max,
 )
-from cuda_kernels.table import (
+from lion.cuda_kernels.table import (
     ABSMAX,
     BETA1,
     BETA2,
@@ -146,7 +146,7 @@ def descend(param: np.float32, c: np.float32, lr: np.float32, decay: np.float32)
 
 @device
 def read_coefficients(table: int) -> Any:
-    """Return the six coefficients in the order of ``reference.Coefficients``."""
+    """Return the six coefficients in the order of ``lion.reference.Coefficients``."""
     return (
         load_f32(table + LR),
         load_f32(table + DECAY),

@@ -1,6 +1,6 @@
 """Managed memory: CUDA memory that the driver moves between a device and the host, page by page.
 
-The functions need a CUDA context of the device to be current, as :mod:`cuda_kernels.launch` does.
+The functions need a CUDA context of the device to be current, as :mod:`lion.cuda_kernels.launch` does.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import cuda, uint32
 
-from cuda_kernels.device import (
+from lion.cuda_kernels.device import (
     FLOAT32,
     WARPS,
     abs_max,
@@ -31,7 +31,7 @@ from cuda_kernels.device import (
     warp_max_u32,
     wrapping_add,
 )
-from reference.quantization import SMALLEST_NORMAL, create_dynamic_map, quantize_thresholds
+from lion.reference.quantization import SMALLEST_NORMAL, create_dynamic_map, quantize_thresholds
 
 INFINITY = np.float32(np.inf)
 NAN = np.float32(np.nan)

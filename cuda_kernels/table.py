@@ -62,7 +62,7 @@ def table(
     """Return the words of a table, to be copied to the device.
 
     Args:
-        k: The coefficients in the order of ``reference.Coefficients``, float32 of shape (6,).
+        k: The coefficients in the order of ``lion.reference.Coefficients``, float32 of shape (6,).
         sizes: Element counts, int64 of shape (n,).
         work: Address of the work list in device memory.
         items: Number of items in the work list.

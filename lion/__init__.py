@@ -1,10 +1,14 @@
 """Lion optimizers with 32-bit and 8-bit state for PyTorch, equal to their specification bit for bit."""
 
-from lion import exchange, functional
-from lion.backends import use_backend
-from lion.in_backward import StepInBackward
-from lion.optimizers import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
-from lion.overrides import GlobalOptimManager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lion import exchange, functional
+    from lion.backends import use_backend
+    from lion.in_backward import StepInBackward
+    from lion.optimizers import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
+    from lion.overrides import GlobalOptimManager
 
 __all__ = [
     "GlobalOptimManager",
@@ -19,3 +23,26 @@ __all__ = [
     "functional",
     "use_backend",
 ]
+
+_MODULES = {
+    "GlobalOptimManager": "overrides",
+    "StepInBackward": "in_backward",
+    "exchange": "exchange",
+    "functional": "functional",
+    "use_backend": "backends",
+}
+
+
+# What needs torch is imported when it is asked for: the specification and the kernels are read and run without it.
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lion' has no attribute {name!r}")
+    module = _MODULES.get(name, "optimizers")
+    found = import_module(f"lion.{module}")
+    value = found if name == module else getattr(found, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,8 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-import cpu_kernels
-import reference
+from lion import cpu_kernels, reference
 from lion.batches import GRAD, SIZE, Batch
 from lion.loss_scale import LossScale
 from lion.options import Kind
@@ -65,7 +64,7 @@ class StepCoefficients(NamedTuple):
 
 
 class CpuBackend:
-    """CPU tensors, through :mod:`cpu_kernels`."""
+    """CPU tensors, through :mod:`lion.cpu_kernels`."""
 
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         if loss_scale.skips():
@@ -131,7 +130,7 @@ class CpuBackend:
 
 
 class ReferenceBackend:
-    """CPU tensors, through :mod:`reference`: slow, and right by definition."""
+    """CPU tensors, through :mod:`lion.reference`: slow, and right by definition."""
 
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         if loss_scale.skips():
@@ -239,7 +238,7 @@ def for_device(device: torch.device) -> Backend:
 @lru_cache
 def _make(name: str, on_cpu: bool) -> Backend:
     if name == "cuda":
-        from cuda_kernels import launch
+        from lion.cuda_kernels import launch
 
         launch.require()
         from lion.cuda_backend import CudaBackend

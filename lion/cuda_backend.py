@@ -1,4 +1,4 @@
-"""CUDA tensors, through :mod:`cuda_kernels`; in Numba's simulator, CPU tensors."""
+"""CUDA tensors, through :mod:`lion.cuda_kernels`; in Numba's simulator, CPU tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-import reference
-from cuda_kernels import launch
-from cuda_kernels.clipping import CHUNK
-from cuda_kernels.quantization import lookup_table
-from cuda_kernels.table import BLOCK_SIZE, table, work_list
-from lion import paging
+from lion import paging, reference
 from lion.backends import DTYPES, StepCoefficients
 from lion.batches import SIZE, Batch
+from lion.cuda_kernels import launch
+from lion.cuda_kernels.clipping import CHUNK
+from lion.cuda_kernels.quantization import lookup_table
+from lion.cuda_kernels.table import BLOCK_SIZE, table, work_list
 from lion.loss_scale import LossScale
 from lion.options import Kind
 

@@ -1,6 +1,6 @@
 """Functions on tensors: the dynamic map, blockwise quantization, percentile clipping.
 
-Names and arguments are those of ``bitsandbytes.functional``; the values are those of :mod:`reference`.
+Names and arguments are those of ``bitsandbytes.functional``; the values are those of :mod:`lion.reference`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import reference
-from lion import backends
+from lion import backends, reference
 from lion.options import flag, integer, shown
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
@@ -35,7 +34,7 @@ class QuantState:
 
 
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
-    """Return the dynamic quantization map; see :func:`reference.create_dynamic_map`.
+    """Return the dynamic quantization map; see :func:`lion.reference.create_dynamic_map`.
 
     Args:
         signed: Whether negative values are represented too (default: True).
@@ -83,7 +82,7 @@ def quantize_blockwise(
     out: Tensor | None = None,
     blocksize: int = 4096,
 ) -> tuple[Tensor, QuantState]:
-    """Quantize a tensor to 8 bits in blocks; see :func:`reference.quantize_blockwise`.
+    """Quantize a tensor to 8 bits in blocks; see :func:`lion.reference.quantize_blockwise`.
 
     Args:
         A: float32, float16 or bfloat16 tensor of any shape on a CPU or CUDA device.
@@ -121,7 +120,7 @@ def dequantize_blockwise(
     out: Tensor | None = None,
     blocksize: int = 4096,
 ) -> Tensor:
-    """Return the values that codes stand for; see :func:`reference.dequantize_blockwise`.
+    """Return the values that codes stand for; see :func:`lion.reference.dequantize_blockwise`.
 
     Args:
         A: The codes, uint8 of any shape.
@@ -164,7 +163,7 @@ def dequantize_blockwise(
 def percentile_clipping(
     grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int = 5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Record a gradient's norm and return the scale that clips it; see :func:`reference.percentile_clipping`.
+    """Record a gradient's norm and return the scale that clips it; see :func:`lion.reference.percentile_clipping`.
 
     Nothing is copied to the host.
 

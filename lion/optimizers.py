@@ -24,7 +24,7 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 class Lion(Optimizer):
     """Lion with momentum in 32 or 8 bits (Chen et al. 2023, arXiv 2302.06675).
 
-    Every step computes, in float32 and rounded as :func:`reference.update_32bit` says::
+    Every step computes, in float32 and rounded as :func:`lion.reference.update_32bit` says::
 
         c        = beta1 * momentum + (1 - beta1) * grad
         param    = param * (1 - lr * weight_decay) - lr * sign(c)

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-import reference
-from lion import sharding
+from lion import reference, sharding
 
 HYPERPARAMETERS = ("lr", "betas", "weight_decay")
 STATE_OPTIONS = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cuda_kernels import managed
+from lion.cuda_kernels import managed
 
 DIRECTORY_VARIABLE = "LION_PAGE_DIR"
 

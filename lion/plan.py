@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-import reference
-from lion import backends, sharding, state
+from lion import backends, reference, sharding, state
 from lion.backends import StepCoefficients
 from lion.batches import Batch
 from lion.loss_scale import LossScale

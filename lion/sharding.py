@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
-import reference
-from lion import paging
+from lion import paging, reference
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

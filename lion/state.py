@@ -25,8 +25,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-import reference
-from lion import functional, paging, sharding
+from lion import functional, paging, reference, sharding
 from lion.options import Form, Kind, shown
 
 State = dict[str, Any]

@@ -1,7 +1,7 @@
 """The executable specification: what every implementation must compute, to the bit, in NumPy."""
 
-from reference.clipping import HISTORY, percentile_clipping, squared_norm
-from reference.lion import (
+from lion.reference.clipping import HISTORY, percentile_clipping, squared_norm
+from lion.reference.lion import (
     BLOCK_SIZE,
     Coefficients,
     coefficients,
@@ -9,7 +9,7 @@ from reference.lion import (
     update_8bit_tensorwise,
     update_32bit,
 )
-from reference.quantization import (
+from lion.reference.quantization import (
     create_dynamic_map,
     dequantize_blockwise,
     quantize_blockwise,

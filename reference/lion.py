@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from reference.clipping import UNSCALED
-from reference.quantization import Float32Array, Uint8Array, dequantize_blockwise, quantize_blockwise
+from lion.reference.clipping import UNSCALED
+from lion.reference.quantization import Float32Array, Uint8Array, dequantize_blockwise, quantize_blockwise
 
 BLOCK_SIZE = 256
 

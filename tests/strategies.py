@@ -210,7 +210,7 @@ def weight_decays() -> st.SearchStrategy[float]:
 
 
 def hyperparameters() -> st.SearchStrategy[tuple[float, tuple[float, float], float]]:
-    """Arguments of ``reference.coefficients``: lr, betas, weight_decay."""
+    """Arguments of ``lion.reference.coefficients``: lr, betas, weight_decay."""
     return st.tuples(learning_rates(), betas(), weight_decays())
 
 

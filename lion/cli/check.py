@@ -1,7 +1,8 @@
 """Compare every kernel with the reference, bit for bit, on the devices of this machine.
 
 Optimizers and functions run through the public API on the CPU and on every CUDA GPU, and the same calculation is done
-with the functions of ``reference``. The first value whose bits differ is named and ends the check with exit code 1.
+with the functions of :mod:`lion.reference`. The first value whose bits differ is named and ends the check with exit
+code 1.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-import reference
-from lion import functional
+from lion import functional, reference
 from lion.backends import DTYPES, as_numpy, use_backend
 from lion.cli import add_json, device_name, print_json, progress_bars
 from lion.optimizers import Lion
-from reference.clipping import HISTORY
+from lion.reference.clipping import HISTORY
 
 EXAMPLES = """\
 python -m lion check

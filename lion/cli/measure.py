@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cpu_kernels.device import INTEGER, TABLE, kernel, load, store
-from cpu_kernels.pool import enter, leave, pull, run
+from lion.cpu_kernels.device import INTEGER, TABLE, kernel, load, store
+from lion.cpu_kernels.pool import enter, leave, pull, run
 
 Step = Callable[[], object]
 Timer = Callable[[], float]

@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import cpu_kernels
-from cuda_kernels import launch
-from lion import backends, paging
+from lion import backends, cpu_kernels, paging
+from lion.cuda_kernels import launch
 
 DISTRIBUTIONS = ("numba-lion", "torch", "numba", "numba-cuda", "numpy")
 VARIABLES = ("LION_BACKEND", "NUMBA_ENABLE_CUDASIM", "NUMBA_CACHE_DIR", paging.DIRECTORY_VARIABLE)

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import lion
-import reference
-from lion import paging, state
+from lion import paging, reference, state
 from tests.comparing import assert_same_bits
 
 QMAP = reference.create_dynamic_map()

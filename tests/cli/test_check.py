@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from cuda_kernels import launch
 from lion import functional
 from lion.__main__ import main
 from lion.cli import check
+from lion.cuda_kernels import launch
 
 SMALL = check.Extent((1, 257), 513, 2, (257,), 3, (64,))
 

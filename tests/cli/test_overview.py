@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cuda_kernels import launch
 from lion import backends
 from lion.__main__ import COMMANDS, main
+from lion.cuda_kernels import launch
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ KERNELS: list[tuple[str, str | None, bool]] = [
     ),
     *((name, None, False) for name in ("begin_tensorwise", "end_tensorwise", "squared_norm", "percentile_clipping")),
 ]
-"""Every kernel: its name, dtype and kind as :func:`cuda_kernels.launch.kernel` takes them."""
+"""Every kernel: its name, dtype and kind as :func:`lion.cuda_kernels.launch.kernel` takes them."""
 
 
 class Binary(NamedTuple):

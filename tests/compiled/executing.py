@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import ptxrun
 
-from cuda_kernels import launch
-from cuda_kernels.device import WARPS
+from lion.cuda_kernels import launch
+from lion.cuda_kernels.device import WARPS
 from tests.compiled import building
 
 CAPABILITY = (9, 0)

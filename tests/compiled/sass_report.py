@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
-from cuda_kernels import launch
+from lion.cuda_kernels import launch
 from tests.compiled import building
 
 # Elements a lane takes per turn, and the 128-bit loads it takes for them with 4-byte and with 2-byte elements.

@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from cuda_kernels import launch
+from lion.cuda_kernels import launch
 from tests.compiled import building
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")

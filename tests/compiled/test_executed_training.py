@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from cuda_kernels import launch
 from lion import backends, cuda_backend, options
 from lion.backends import StepCoefficients
 from lion.batches import Batch
 from lion.cuda_backend import CudaBackend
+from lion.cuda_kernels import launch
 from lion.loss_scale import LossScale
 from tests.comparing import to_numpy
 from tests.differential import training

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import reference
-from cuda_kernels import launch
-from cuda_kernels.quantization import lookup_table
-from cuda_kernels.table import table, work_list
+from lion import reference
+from lion.cuda_kernels import launch
+from lion.cuda_kernels.quantization import lookup_table
+from lion.cuda_kernels.table import table, work_list
 from tests.differential import conversions, every_float
 
 ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importable")

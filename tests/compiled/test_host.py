@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reference
-from cuda_kernels import launch
-from cuda_kernels.table import work_list
+from lion import reference
+from lion.cuda_kernels import launch
+from lion.cuda_kernels.table import work_list
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
@@ -37,7 +37,7 @@ def test_work_list_covers_every_unit_once(sizes: list[int], unit: int, resident:
 @pytest.mark.exhaustive
 def test_lookup_table_gives_every_code() -> None:
     """Every float32 in [-1, 1], and the few above that a product with a rounded reciprocal can be."""
-    from cuda_kernels.quantization import BUCKET_SCALE, BUCKET_SHIFT, FIRST_BUCKET, lookup_table
+    from lion.cuda_kernels.quantization import BUCKET_SCALE, BUCKET_SHIFT, FIRST_BUCKET, lookup_table
 
     table = lookup_table()
     thresholds = reference.quantize_thresholds(reference.create_dynamic_map())

@@ -14,8 +14,8 @@ import numba
 import numpy as np
 import pytest
 
-import reference
-from cpu_kernels import avx512, clipping, device, lion, pool, quantization
+from lion import reference
+from lion.cpu_kernels import avx512, clipping, device, lion, pool, quantization
 from tests.comparing import Array
 from tests.strategies import FLOAT_DTYPES
 

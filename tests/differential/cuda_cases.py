@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-import reference
-from cuda_kernels import launch
-from cuda_kernels.quantization import lookup_table
-from cuda_kernels.table import table, work_list
+from lion import reference
+from lion.cuda_kernels import launch
+from lion.cuda_kernels.quantization import lookup_table
+from lion.cuda_kernels.table import table, work_list
 from tests import strategies
 from tests.comparing import assert_same_bits
 from tests.differential import conversions

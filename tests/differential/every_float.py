@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import reference
+from lion import reference
 
 THRESHOLDS = reference.quantize_thresholds(reference.create_dynamic_map())
 ONE, INFINITY, SIGN = 0x3F800000, 0x7F800000, 0x80000000

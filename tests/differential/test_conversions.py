@@ -11,9 +11,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-import cpu_kernels
-import reference
-from cpu_kernels.device import load, store
+from lion import cpu_kernels, reference
+from lion.cpu_kernels.device import load, store
 from tests import strategies
 from tests.comparing import assert_same_bits
 from tests.differential import conversions

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # A gradient of 0 and a decay of 1 leave the parameter, 2.0, as it is.
 PROGRAM = """
 import numpy as np
-import cpu_kernels
-from cpu_kernels import lion
+from lion import cpu_kernels
+from lion.cpu_kernels import lion
 
 param = np.full(1, 0x4000, np.uint16)
 rest = np.zeros(2, np.float32)
@@ -29,8 +29,10 @@ print(hex(param[0]), sum(lion._update_32bit_kernel("{dtype}").stats.cache_hits.v
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
+    (tmp_path / "lion").mkdir()
+    shutil.copy(ROOT / "lion" / "__init__.py", tmp_path / "lion")
     for package in ("cpu_kernels", "reference"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, tmp_path / "lion" / package, ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 
 
@@ -57,7 +59,7 @@ def test_the_second_process_loads_what_the_first_compiled(site: Path) -> None:
 
 def test_a_change_of_another_file_is_seen(site: Path) -> None:
     run(site)
-    device = site / "cpu_kernels" / "device.py"
+    device = site / "lion" / "cpu_kernels" / "device.py"
     source, stamp = device.read_text(), device.stat()
     assert source.count("shl(builder.zext(value, I32), I32(16))") == 1
     device.write_text(
@@ -71,14 +73,14 @@ def test_dtypes_share_no_file(site: Path) -> None:
     """Numba numbers the entries of a shared file, and processes that do so at once mix them up."""
     for dtype in ("bfloat16", "float16"):
         run(site, dtype)
-    indices = list(site.glob("cpu_kernels/__pycache__/*.nbi"))
-    data = list(site.glob("cpu_kernels/__pycache__/*.nbc"))
+    indices = list(site.glob("lion/cpu_kernels/__pycache__/*.nbi"))
+    data = list(site.glob("lion/cpu_kernels/__pycache__/*.nbc"))
     assert len(indices) == len(data) == 2
 
 
 def test_without_a_folder_to_write_kernels_are_compiled_each_time(site: Path, tmp_path: Path) -> None:
     """A file stands where the cache would be: permissions would not stop root."""
-    (site / "cpu_kernels" / "__pycache__").touch()
+    (site / "lion" / "cpu_kernels" / "__pycache__").touch()
     home = tmp_path / "home"
     home.touch()
     for _ in range(2):

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import cpu_kernels
-import reference
-from cpu_kernels import avx512
+from lion import cpu_kernels, reference
+from lion.cpu_kernels import avx512
 from tests import strategies
 from tests.comparing import assert_same_bits
 from tests.differential import every_float

@@ -15,9 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cpu_kernels
-import reference
-from cpu_kernels import avx512, pool
+from lion import cpu_kernels, reference
+from lion.cpu_kernels import avx512, pool
 from tests import strategies
 from tests.comparing import Guarded, assert_same_bits, guarded
 from tests.differential import cpu_twins

@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-import cpu_kernels
-import reference
-from cpu_kernels import pool
+from lion import cpu_kernels, reference
+from lion.cpu_kernels import pool
 from tests.comparing import assert_same_bits
 from tests.strategies import make_floats
 
@@ -211,7 +210,7 @@ def test_a_worker_that_comes_after_an_interruption_finds_no_work(fresh_pool: poo
 WAITING = """
 import threading
 import numpy as np
-from cpu_kernels import pool
+from lion.cpu_kernels import pool
 
 control = np.zeros(pool.CONTROL_SIZE, np.int64)
 control[pool.ACTIVE] = 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cuda_kernels import launch
+from lion.cuda_kernels import launch
 from tests import strategies
 from tests.differential import conversions
 from tests.differential import cuda_cases as cases

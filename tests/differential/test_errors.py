@@ -10,10 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cpu_kernels
 import lion
-import reference
-from lion import functional
+from lion import cpu_kernels, functional, reference
 from tests.comparing import assert_same_outcome, to_numpy
 
 Array = npt.NDArray[Any]

@@ -21,8 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-import reference
-from lion import Lion, exchange, sharding, state
+from lion import Lion, exchange, reference, sharding, state
 from tests.comparing import assert_same_bits, to_numpy
 from tests.distributed.processes import run
 from tests.distributed.support import Net, assert_same_state, data_mesh, shard_layers

@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lion
-import reference
-from lion import paging, sharding
+from lion import paging, reference, sharding
 from tests.comparing import assert_same_bits, to_numpy
 from tests.distributed.processes import run
 from tests.distributed.support import OPTIONS, Net, assert_same_state, data_mesh, make_model, shard_layers, train

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import lion
-from cuda_kernels import launch
 from lion import paging, sharding, state
 from lion.backends import use_backend
+from lion.cuda_kernels import launch
 from tests.comparing import assert_same_bits
 
 CLASSES = [lion.Lion, lion.Lion8bit, lion.PagedLion, lion.PagedLion8bit]

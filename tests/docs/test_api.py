@@ -15,10 +15,10 @@ import pytest
 API = Path(__file__).parents[2] / "docs" / "api"
 # The modules that users and contributors call, each with the page of its package.
 MODULES = {
-    "reference": "reference",
-    "cpu_kernels": "cpu_kernels",
-    "cuda_kernels.launch": "cuda_kernels",
-    "cuda_kernels.table": "cuda_kernels",
+    "lion.reference": "reference",
+    "lion.cpu_kernels": "cpu_kernels",
+    "lion.cuda_kernels.launch": "cuda_kernels",
+    "lion.cuda_kernels.table": "cuda_kernels",
     "lion": "lion",
     "lion.functional": "lion",
     "lion.exchange": "lion",
@@ -60,8 +60,8 @@ def test_name_is_in_the_reference(full_name: str) -> None:
 
 
 def test_a_missing_name_would_be_noticed() -> None:
-    assert "reference.update_32bit" in documented("reference")
-    assert "reference.no_such_function" not in documented("reference")
+    assert "lion.reference.update_32bit" in documented("reference")
+    assert "lion.reference.no_such_function" not in documented("reference")
 
 
 def undocumented(value: Any, name: str) -> list[str]:

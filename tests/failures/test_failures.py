@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import lion
-from cpu_kernels import pool
 from lion.backends import CpuBackend
+from lion.cpu_kernels import pool
 from tests.optimizers.support import (
     KINDS,
     ByHand,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import lion
-import reference
+from lion import reference
 from tests import strategies
 from tests.comparing import assert_same_bits
 from tests.interop.training import (

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import lion
-import reference
-from lion import exchange, state
+from lion import exchange, reference, state
 from tests.comparing import assert_same_bits
 from tests.interop.training import (
     CASES,

@@ -123,8 +123,10 @@ def processor_time(run: Run) -> int:
 def copied() -> Iterator[Path]:
     """Make a copy of the project the current folder and the first place of imports."""
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
+        ignored = shutil.ignore_patterns("__pycache__")
         for name in COPIED:
-            shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+            # The links in lion/ have to lead to the copies.
+            shutil.copytree(ROOT / name, Path(folder, name), symlinks=True, ignore=ignored)
         shutil.copy(ROOT / "pyproject.toml", folder)
         sys.path = [folder, *(path for path in sys.path if Path(path).resolve() != ROOT)]
         for name in [name for name in sys.modules if name.split(".")[0] in COPIED]:

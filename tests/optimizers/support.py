@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lion
-import reference
+from lion import reference
 from tests.comparing import assert_same_bits, to_numpy
 
 CLASSES = (lion.Lion, lion.Lion8bit, lion.Lion32bit, lion.PagedLion, lion.PagedLion8bit, lion.PagedLion32bit)

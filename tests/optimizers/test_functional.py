@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lion
-import reference
 from lion import functional as F
+from lion import reference
 from tests import strategies
 from tests.comparing import assert_same_bits
 from tests.optimizers.support import every_dtype, parameter

@@ -167,7 +167,7 @@ def test_a_first_step_of_zeros_without_a_learning_rate_makes_state_only() -> Non
 
 
 def test_simulator_skips_and_unscales() -> None:
-    from cuda_kernels import launch
+    from lion.cuda_kernels import launch
 
     if not launch.simulated():
         pytest.skip("needs NUMBA_ENABLE_CUDASIM=1 in the environment")

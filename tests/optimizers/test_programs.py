@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from torch import nn
 
 import lion
-import reference
+from lion import reference
 from tests.optimizers.support import DTYPES, QMAP, VARIANTS, ByHand, parameter, set_gradients
 
 SIZES = (0, 1, 255, 600, 4096, 100_000)  # the last one is paged where asked

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import lion
-import reference
+from lion import reference
 from tests.comparing import assert_same_bits
 from tests.optimizers import resume
 from tests.optimizers.support import (

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cuda_kernels import managed
+from lion.cuda_kernels import managed
 
 
 class CUresult(IntEnum):
@@ -140,5 +140,5 @@ def test_the_real_driver_api_is_what_is_expected():
 
 
 def test_importing_needs_no_cuda_package():
-    script = "import sys; sys.modules['cuda'] = None; import cuda_kernels.managed"
+    script = "import sys; sys.modules['cuda'] = None; import lion.cuda_kernels.managed"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=100)

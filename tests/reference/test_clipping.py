@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference import percentile_clipping, squared_norm
+from lion.reference import percentile_clipping, squared_norm
 from tests import strategies
 from tests.comparing import assert_same_bits
 

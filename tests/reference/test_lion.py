@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from reference import (
+from lion.reference import (
     BLOCK_SIZE,
     Coefficients,
     coefficients,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference import create_dynamic_map, dequantize_blockwise, quantize_blockwise, quantize_thresholds
+from lion.reference import create_dynamic_map, dequantize_blockwise, quantize_blockwise, quantize_thresholds
 from tests import strategies
 from tests.comparing import assert_same_bits
 from tests.reference.exact import float32

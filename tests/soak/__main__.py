@@ -17,7 +17,7 @@ import warnings
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cpu_kernels import pool
+from lion.cpu_kernels import pool
 from tests.paging.memory import resident
 from tests.soak.program import SoakProgram, run_programs
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lion
-import reference
+from lion import reference
 from tests.comparing import assert_same_bits
 
 QMAP = reference.create_dynamic_map()

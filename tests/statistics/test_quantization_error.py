@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
-import reference
+from lion import reference
 
 QMAP = reference.create_dynamic_map()
 THRESHOLDS = reference.quantize_thresholds(QMAP)
