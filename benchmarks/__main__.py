@@ -27,8 +27,8 @@ from torch import nn
 from benchmarks.peers import BETAS, LR, WEIGHT_DECAY, peers
 from benchmarks.remote import Remote
 from lion import Lion, Lion8bit
-from lion.cli import measure
-from lion.cli.measure import WORKLOADS, Workload
+from lion._cli import measure
+from lion._cli.measure import WORKLOADS, Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DISTRIBUTIONS = (

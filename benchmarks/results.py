@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lion.cli.measure import WORKLOADS
+from lion._cli.measure import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(__file__).resolve().parent / "results"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lion import exchange, functional
-    from lion.backends import use_backend
+    from lion._backends import use_backend
     from lion.in_backward import StepInBackward
     from lion.optimizers import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
     from lion.overrides import GlobalOptimManager
@@ -29,7 +29,7 @@ _MODULES = {
     "StepInBackward": "in_backward",
     "exchange": "exchange",
     "functional": "functional",
-    "use_backend": "backends",
+    "use_backend": "_backends",
 }
 
 

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from typing import Any, NoReturn
 
-from lion.cli import UsageError, add_json, bench, check, demo, overview, print_json
+from lion._cli import UsageError, add_json, bench, check, demo, overview, print_json
 
 COMMANDS = {"demo": demo, "check": check, "bench": bench}
 DESCRIPTION = """Lion optimizers with 32-bit and 8-bit state for PyTorch.

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lion import sharding, state
-from lion.checkpoints import check_parts, check_saved_group
-from lion.options import Kind
+from lion._memory import sharding
+from lion._options import Kind
+from lion._state import check_contents, check_parts, check_saved_group, momentum, quantized
 
 StateDict = Mapping[str, Any]
 
@@ -100,7 +100,7 @@ def to_exp_avg(
     # torch's loader would share a tensor that needs no cast.
     states = {
         key: {
-            "exp_avg": state.momentum(own).clone(),
+            "exp_avg": momentum(own).clone(),
             **(entries or {}),
             **{name: own[name].clone() for name in keep if name in own},
         }
@@ -142,7 +142,7 @@ def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
         new = dict(own, step=int(own["step"]))
         if "max1" in own:
             del new["max1"], new["new_max1"]
-            new.update(state.quantized(state.momentum(own), Kind.BLOCKWISE))
+            new.update(quantized(momentum(own), Kind.BLOCKWISE))
         states[key] = new
     groups = [{"eps": 0.0, **group, "lr": float(group["lr"])} for group in state_dict["param_groups"]]
     return {"state": states, "param_groups": groups}
@@ -154,4 +154,4 @@ def _check(key: object, own: Any) -> None:
     if not isinstance(own, Mapping) or not isinstance(own.get("state1"), Tensor):
         raise ValueError(f"Invalid state of {name}: a dict with a tensor 'state1' is needed")
     if not sharding.is_dtensor(own["state1"]):
-        state.check_contents(own, own["state1"], name)
+        check_contents(own, own["state1"], name)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lion import backends, reference
-from lion.options import flag, integer, shown
+from lion import reference
+from lion._backends import DTYPES, for_device
+from lion._options import flag, integer, shown
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -98,7 +99,7 @@ def quantize_blockwise(
         TypeError: If a tensor has another dtype than is allowed.
         ValueError: If a shape, the map or the block size is not allowed.
     """
-    _check_dtype("A", A, tuple(backends.DTYPES))
+    _check_dtype("A", A, tuple(DTYPES))
     blocksize = integer("blocksize", blocksize)
     count = _block_count(A.numel(), blocksize)
     code = _checked_map(code, A.device)
@@ -108,7 +109,7 @@ def quantize_blockwise(
         absmax = torch.empty(count, dtype=torch.float32, device=A.device)
     _check_buffer("out", out, torch.uint8, tuple(A.shape), A.device)
     _check_buffer("absmax", absmax, torch.float32, (count,), A.device)
-    backends.for_device(A.device).quantize_blockwise(_plain(A), out, absmax, code, blocksize)
+    for_device(A.device).quantize_blockwise(_plain(A), out, absmax, code, blocksize)
     return out, QuantState(absmax, code, blocksize, A.dtype)
 
 
@@ -146,17 +147,17 @@ def dequantize_blockwise(
         quant_state = QuantState(absmax, _checked_map(code, A.device), integer("blocksize", blocksize), torch.float32)
     if not isinstance(quant_state, QuantState):
         raise TypeError(f"Invalid quant_state: {type(quant_state).__name__}; QuantState is needed")
-    if not isinstance(quant_state.dtype, torch.dtype) or quant_state.dtype not in backends.DTYPES:
-        raise TypeError(f"Invalid dtype: {shown(quant_state.dtype)}; {', '.join(map(str, backends.DTYPES))} allowed")
+    if not isinstance(quant_state.dtype, torch.dtype) or quant_state.dtype not in DTYPES:
+        raise TypeError(f"Invalid dtype: {shown(quant_state.dtype)}; {', '.join(map(str, DTYPES))} allowed")
     blocksize = integer("blocksize", quant_state.blocksize)
     count = _block_count(A.numel(), blocksize)
     _check_buffer("absmax", quant_state.absmax, torch.float32, (count,), A.device)
     if out is None:
         out = torch.empty(A.shape, dtype=quant_state.dtype, device=A.device)
-    _check_dtype("out", out, tuple(backends.DTYPES))
+    _check_dtype("out", out, tuple(DTYPES))
     _check_buffer("out", out, out.dtype, tuple(A.shape), A.device)
     qmap = _checked_map(quant_state.code, A.device)
-    backends.for_device(A.device).dequantize_blockwise(_plain(A), quant_state.absmax, out, qmap, blocksize)
+    for_device(A.device).dequantize_blockwise(_plain(A), quant_state.absmax, out, qmap, blocksize)
     return out
 
 
@@ -180,14 +181,14 @@ def percentile_clipping(
         TypeError: If ``grad`` has another dtype.
         ValueError: If ``gnorm_vec``, ``step`` or ``percentile`` is not allowed.
     """
-    _check_dtype("grad", grad, tuple(backends.DTYPES))
+    _check_dtype("grad", grad, tuple(DTYPES))
     _check_buffer("gnorm_vec", gnorm_vec, torch.float32, (reference.HISTORY,), grad.device)
     percentile, step = integer("percentile", percentile), integer("step", step)
     if not 1 <= percentile < reference.HISTORY:
         raise ValueError(f"Invalid percentile: {percentile}; 1 to 99 is allowed")
     if step < 1:
         raise ValueError(f"Invalid step: {step}; at least 1 is needed")
-    backend = backends.for_device(grad.device)
+    backend = for_device(grad.device)
     grad = _plain(grad)
     scale = backend.percentile_clipping(grad, gnorm_vec, step, percentile)
     norm = _sqrt(backend.squared_norm(grad))

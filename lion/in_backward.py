@@ -8,9 +8,9 @@ from types import TracebackType
 from torch import Tensor, distributed
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lion._memory.sharding import is_dtensor
+from lion._parameters import parameter_name
 from lion.optimizers import Lion
-from lion.plan import parameter_name
-from lion.sharding import is_dtensor
 
 _owners = WeakTensorKeyDictionary()
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lion import backends, checkpoints, paging, sharding
-from lion.backends import StepCoefficients
-from lion.batches import Batch, StaleBatch
-from lion.loss_scale import LossScale
-from lion.options import STATE_OPTIONS, check_group, form_of, shown
+from lion._backends import Batch, LossScale, StaleBatch, StepCoefficients, for_device
+from lion._memory import paging, sharding
+from lion._options import STATE_OPTIONS, check_group, shown
+from lion._parameters import check_parameter, parameter_name
+from lion._plan import Plan
+from lion._state import converted, form_of, placed
 from lion.overrides import GlobalOptimManager
-from lion.plan import Plan, check_parameter, parameter_name
-from lion.state import placed
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -170,7 +169,7 @@ class Lion(Optimizer):
             for batch, _ in batches:
                 torch.autograd.graph.increment_version(batch.params)
             for batch, coefficients in batches:
-                backends.for_device(batch.device).update(batch, coefficients, loss_scale)
+                for_device(batch.device).update(batch, coefficients, loss_scale)
                 batch.finish()
                 done += 1
         except BaseException as error:
@@ -216,7 +215,7 @@ class Lion(Optimizer):
             replaced = pre_hook(self, loaded)
             if replaced is not None:
                 loaded = replaced
-        self.__setstate__(checkpoints.converted(loaded, self.param_groups))
+        self.__setstate__(converted(loaded, self.param_groups))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lion.options import CHECKS, check_value, shown
+from lion._options import CHECKS, check_value, shown
 
 _IGNORED_UPSTREAM = frozenset({"is_sparse"})
 

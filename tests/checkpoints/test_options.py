@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import lion
-from lion import paging, reference, state
+from lion import reference
+from lion._memory import paging
+from lion._state import adapting
 from tests.comparing import assert_same_bits
 
 QMAP = reference.create_dynamic_map()
@@ -115,7 +117,7 @@ def test_few_elements_are_converted(source, target, size):
     assert {key: value.shape for key, value in new.state[q].items()} == {
         key: value.shape for key, value in fresh.state[p].items()
     }
-    assert_same_bits(state.momentum(new.state[q]), state.momentum(old.state[p]))
+    assert_same_bits(adapting.momentum(new.state[q]), adapting.momentum(old.state[p]))
     q.grad = torch.ones(size)
     new.step()
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from lion.__main__ import main
-from lion.cli.measure import WORKLOADS, Workload
+from lion._cli.measure import WORKLOADS, Workload
 
 
 @pytest.fixture(autouse=True)

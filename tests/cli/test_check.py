@@ -10,7 +10,7 @@ import torch
 
 from lion import functional
 from lion.__main__ import main
-from lion.cli import check
+from lion._cli import check
 from lion.cuda_kernels import launch
 
 SMALL = check.Extent((1, 257), 513, 2, (257,), 3, (64,))
@@ -68,10 +68,10 @@ def test_gpu_without_numba_cuda(capsys: pytest.CaptureFixture[str], monkeypatch:
     )
 
     def use_cuda() -> object:
-        from lion import backends
+        from lion._backends import selection
 
-        backends._make.cache_clear()
-        return backends.use_backend("cuda")
+        selection._make.cache_clear()
+        return selection.use_backend("cuda")
 
     assert main(["check"]) == 1
     assert "CUDA tensors need numba-cuda, which is not installed" in capsys.readouterr().err

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lion import Lion, Lion8bit
-from lion.cli import measure
-from lion.cli.measure import Workload
+from lion._cli import measure
+from lion._cli.measure import Workload
 
 CPU = torch.device("cpu")
 SMALL = Workload("small", [(300,), (4, 256), (1,)])

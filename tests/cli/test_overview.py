@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lion import backends
 from lion.__main__ import COMMANDS, main
+from lion._backends import selection
 from lion.cuda_kernels import launch
 
 
@@ -20,7 +20,7 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(launch, "require", missing)
     monkeypatch.delenv("LION_BACKEND", raising=False)
-    backends._make.cache_clear()
+    selection._make.cache_clear()
 
 
 def found(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -32,20 +32,27 @@ def found(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_text(capsys: pytest.CaptureFixture[str], no_cuda: None) -> None:
     assert main([]) == 0
     out = capsys.readouterr().out
-    for word in (*COMMANDS, "numba-lion", "torch", "threads", "served by cpu_kernels", "CUDA tensors need numba-cuda"):
+    for word in (
+        *COMMANDS,
+        "numba-lion",
+        "torch",
+        "threads",
+        "served by lion.cpu_kernels",
+        "CUDA tensors need numba-cuda",
+    ):
         assert word in out
 
 
 def test_backends(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_cuda: None) -> None:
     report = found(capsys)
     assert report["backends"] == {
-        "cpu": {"name": "cpu_kernels", "problem": None},
+        "cpu": {"name": "lion.cpu_kernels", "problem": None},
         "cuda": {"name": None, "problem": "CUDA tensors need numba-cuda, which is not installed"},
     }
     monkeypatch.setenv("LION_BACKEND", "reference")
     report = found(capsys)
     assert report["environment"]["LION_BACKEND"] == "reference"
-    assert report["backends"]["cpu"] == {"name": "reference", "problem": None}
+    assert report["backends"]["cpu"] == {"name": "lion.reference", "problem": None}
     monkeypatch.setenv("LION_BACKEND", "gpu")
     assert found(capsys)["backends"]["cpu"]["problem"].startswith("Invalid backend: 'gpu'")
 

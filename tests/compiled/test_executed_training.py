@@ -11,12 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lion import backends, cuda_backend, options
-from lion.backends import StepCoefficients
-from lion.batches import Batch
-from lion.cuda_backend import CudaBackend
+from lion._backends import Batch, LossScale, StepCoefficients, selection
+from lion._backends import cuda as cuda_backend
+from lion._backends.cuda import CudaBackend
+from lion._state import layout
 from lion.cuda_kernels import launch
-from lion.loss_scale import LossScale
 from tests.comparing import to_numpy
 from tests.differential import training
 
@@ -59,14 +58,14 @@ class ExecutedBackend(CudaBackend):
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> ExecutedBackend:
-    monkeypatch.setattr(options, "MIN_PAGED_SIZE", 256)  # so that small state is paged too
+    monkeypatch.setattr(layout, "MIN_PAGED_SIZE", 256)  # so that small state is paged too
     monkeypatch.setattr(launch, "simulated", lambda: True)
     monkeypatch.setattr(launch, "require", lambda: None)
     monkeypatch.setattr(launch, "resident_blocks", lambda device: executing.BLOCKS)
     executed = ExecutedBackend()
     monkeypatch.setattr(launch, "_launch", executed.execute)
-    make = backends._make
-    monkeypatch.setattr(backends, "_make", lambda name, on_cpu: executed if name == "cuda" else make(name, on_cpu))
+    make = selection._make
+    monkeypatch.setattr(selection, "_make", lambda name, on_cpu: executed if name == "cuda" else make(name, on_cpu))
     return executed
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lion import options
+from lion._state import layout
 from tests.differential import training
 
 simulator = pytest.mark.skipif(
@@ -20,7 +20,7 @@ every_class = pytest.mark.parametrize("cls", training.CLASSES)
 
 @pytest.fixture(autouse=True)
 def small_state_is_paged_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(options, "MIN_PAGED_SIZE", 256)
+    monkeypatch.setattr(layout, "MIN_PAGED_SIZE", 256)
 
 
 @every_class

@@ -13,7 +13,7 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import lion
-from lion import sharding
+from lion._memory import sharding
 from tests.comparing import assert_same_bits
 from tests.distributed.processes import run
 

@@ -21,7 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lion import Lion, exchange, reference, sharding, state
+from lion import Lion, exchange, reference
+from lion._memory import sharding
+from lion._state import momentum
 from tests.comparing import assert_same_bits, to_numpy
 from tests.distributed.processes import run
 from tests.distributed.support import Net, assert_same_state, data_mesh, shard_layers
@@ -235,7 +237,7 @@ def imports(folder: Path, name: str, exported: list[dict[str, torch.Tensor]]) ->
         assert_same_bits(own["state1"].to_local(), codes, what=what)
         key = "absmax1" if "absmax1" in own else "max1"
         assert_same_bits(own[key].to_local().reshape(-1)[: absmax.size], absmax, what=what)
-        error = (sharding.local(state.momentum(own)) - shard).abs().numpy().reshape(-1)
+        error = (sharding.local(momentum(own)) - shard).abs().numpy().reshape(-1)
         scale = np.repeat(absmax, block_size)[: error.size]
         assert (error <= ERROR_BOUND * scale).all()
 

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lion
-from lion import paging, reference, sharding
+from lion import reference
+from lion._memory import paging, sharding
 from tests.comparing import assert_same_bits, to_numpy
 from tests.distributed.processes import run
 from tests.distributed.support import OPTIONS, Net, assert_same_state, data_mesh, make_model, shard_layers, train

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import lion
-from lion import sharding
+from lion._memory import sharding
 from tests.comparing import assert_same_bits
 from tests.distributed.processes import run
 from tests.optimizers.support import KINDS, VARIANTS

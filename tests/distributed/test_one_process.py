@@ -14,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import lion
-from lion import paging, sharding, state
-from lion.backends import use_backend
+from lion._backends import use_backend
+from lion._memory import paging, sharding
+from lion._state import placed
 from lion.cuda_kernels import launch
 from tests.comparing import assert_same_bits
 
@@ -229,7 +230,7 @@ def test_state_that_fits_is_kept(mesh: DeviceMesh) -> None:
         optimizer.step()
         kept.append([optimizer.state[p] for p in params])
     for before, after in zip(*kept, strict=True):
-        assert before is after is state.placed(after, paged=False)
+        assert before is after is placed(after, paged=False)
 
 
 def test_state_is_contiguous(mesh: DeviceMesh) -> None:

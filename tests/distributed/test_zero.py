@@ -13,8 +13,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import lion
-from lion import paging, state
-from lion.options import Form, Kind
+from lion._memory import paging
+from lion._options import Kind
+from lion._state import Form, adapting, layout
 from tests.comparing import assert_same_bits
 from tests.distributed.processes import run
 from tests.distributed.support import OPTIONS, assert_same_state, make_model, train
@@ -132,10 +133,10 @@ def test_resuming_on_another_number_of_processes(forking, before, after, bucket_
 
 def test_a_step_that_loading_left_on_the_cpu_moves_to_the_parameter(monkeypatch):
     # The one other device that every machine has is refused where a state is checked.
-    monkeypatch.setattr(state, "check", lambda *arguments: None)
+    monkeypatch.setattr(adapting, "check", lambda *arguments: None)
     p, form = torch.empty(5, device="meta"), Form(Kind.FLOAT32, clipped=False, paged=False)
-    loaded = {**state.create(p, form), "step": torch.tensor(3.0)}
-    assert state.adapted(loaded, p, form, "p")["step"].device == p.device
+    loaded = {**layout.create(p, form), "step": torch.tensor(3.0)}
+    assert adapting.adapted(loaded, p, form, "p")["step"].device == p.device
 
 
 def overlap_is_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lion
-from lion.backends import DTYPES
+from lion._backends import DTYPES
 from tests.comparing import to_numpy
 from tests.failures.test_failures import named
 from tests.optimizers.support import KINDS, ByHand, follow, set_gradients

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import lion
-from lion.backends import CpuBackend
+from lion._backends import CpuBackend
+from lion._state import adapting
 from lion.cpu_kernels import pool
 from tests.optimizers.support import (
     KINDS,
@@ -168,7 +169,7 @@ def second_call(function: Callable[..., object]) -> Callable[..., object]:
 def test_no_memory_for_new_state(make, monkeypatch):
     optimizer, _, copies = trained(make, steps=0)
     before = snapshot(optimizer)
-    for owner, name in ((torch, "full"), (lion.state, "create")):
+    for owner, name in ((torch, "full"), (adapting, "create")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, second_call(getattr(owner, name)))
             with pytest.raises(MemoryError):
@@ -186,7 +187,7 @@ def test_no_memory_to_convert_state(make, bits, monkeypatch):
     group, old = optimizer.param_groups[0], optimizer.param_groups[0]["optim_bits"]
     group["optim_bits"] = bits
     with monkeypatch.context() as patch:
-        patch.setattr(lion.state, "quantized", second_call(lion.state.quantized))
+        patch.setattr(adapting, "quantized", second_call(adapting.quantized))
         with pytest.raises(MemoryError):
             optimizer.step()
     assert_unchanged(optimizer, before)

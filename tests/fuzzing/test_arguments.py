@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import lion
 from lion import functional as F
-from lion.options import CHECKS, STATE_OPTIONS, check_value
+from lion._options import CHECKS, STATE_OPTIONS, check_value
 from tests.comparing import assert_same_bits
 from tests.fuzzing import values
 from tests.fuzzing.values import anything, numbers

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lion
+from lion._memory import paging
 from tests.checkpoints.test_mutations import assert_unchanged, remembered
 from tests.comparing import assert_same_bits, to_numpy
 from tests.fuzzing.values import Subclass, anything
@@ -242,7 +243,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "load": (torch.load, "{}"),
     "file": (torch.from_file, "{}", True, 10),
     "optimizer": (lion.Lion, [torch.zeros(1)]),
-    "paging": (lion.paging.empty, (10,), torch.float32, torch.device("cpu")),
+    "paging": (paging.empty, (10,), torch.float32, torch.device("cpu")),
     "kernel": (lion.functional.quantize_blockwise, torch.zeros(10)),
 }
 PLACES = [

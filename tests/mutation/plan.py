@@ -47,6 +47,29 @@ def _tests(*files: str) -> Run:
     return Run((*(f"tests/{file}" for file in files), "-k", "not keyboard_interrupt and not new_process"))
 
 
+_BATCH = (
+    _tests("optimizers/test_tensors.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
+    _tests("optimizers/test_contract.py", "optimizers/test_programs.py", "failures", "optimizers/test_numbers.py"),
+)
+_COMPUTING = (
+    _tests("optimizers/test_numbers.py"),
+    _tests(
+        *("optimizers/test_functional.py", "optimizers/test_loss_scale.py", "optimizers/test_construction.py"),
+        *("differential/test_errors.py", "distributed/test_one_process.py", "optimizers/test_contract.py"),
+    ),
+)
+_PLAN = (
+    _tests("optimizers/test_tensors.py", "optimizers/test_overrides.py", "optimizers/test_construction.py"),
+    _tests("optimizers/test_contract.py", "distributed/test_one_process.py", "optimizers/test_programs.py"),
+    _tests("fuzzing", "failures", "paging/test_paged.py", "optimizers/test_state.py"),
+    _tests("distributed/test_fsdp1.py", "distributed/test_fsdp2.py", "distributed/test_agreement.py"),
+)
+_STATE = (
+    _tests("checkpoints/test_mutations.py", "checkpoints/test_options.py", "fuzzing/test_checkpoints.py"),
+    _tests("optimizers/test_overrides.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
+    _tests("optimizers/test_state.py", "interop", "paging/test_fork.py"),
+)
+
 # A mutant that passes all its runs lives on; the runs that are quick and notice most come first.
 MODULES: dict[str, tuple[Run, ...]] = {
     "reference/clipping.py": (_tests("reference/test_clipping.py"),),
@@ -80,21 +103,31 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _tests("differential/test_cpu_cache.py", "differential/test_cpu_threads.py"),
     ),
     "cpu_kernels/avx512.py": (_kernels("at_thresholds"), _kernels("8bit or fast_code or portable")),
-    "lion/backends.py": (
-        _tests("optimizers/test_numbers.py"),
-        _tests(
-            *("optimizers/test_functional.py", "optimizers/test_loss_scale.py", "optimizers/test_construction.py"),
-            *("differential/test_errors.py", "distributed/test_one_process.py", "optimizers/test_contract.py"),
-        ),
+    "lion/_backends/batch.py": _BATCH,
+    "lion/_backends/cpu.py": _COMPUTING,
+    "lion/_backends/loss_scale.py": (_tests("optimizers/test_loss_scale.py"), _tests("optimizers/test_contract.py")),
+    "lion/_backends/reference.py": _COMPUTING,
+    "lion/_backends/selection.py": _COMPUTING,
+    "lion/_memory/paging.py": (_tests("paging/test_paged.py", "paging/test_fork.py", "paging/test_errors.py"),),
+    "lion/_memory/sharding.py": (
+        _tests("distributed/test_one_process.py"),
+        _tests("distributed/test_fsdp2.py"),
+        _tests("distributed/test_dcp.py", "distributed/test_agreement.py"),
     ),
-    "lion/batches.py": (
-        _tests("optimizers/test_tensors.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
-        _tests("optimizers/test_contract.py", "optimizers/test_programs.py", "failures", "optimizers/test_numbers.py"),
+    "lion/_options.py": (
+        _tests("optimizers/test_construction.py", "fuzzing/test_arguments.py"),
+        _tests("optimizers/test_contract.py", "paging/test_paged.py", "optimizers/test_overrides.py"),
     ),
-    "lion/checkpoints.py": (
+    "lion/_parameters.py": _PLAN,
+    "lion/_plan.py": _PLAN,
+    "lion/_state/adapting.py": _STATE,
+    "lion/_state/checkpoints.py": (
         _tests("checkpoints/test_mutations.py", "checkpoints/test_options.py", "fuzzing/test_checkpoints.py"),
         _tests("optimizers/test_contract.py", "optimizers/test_state.py", "interop", "checkpoints/test_foreign.py"),
     ),
+    "lion/_state/checks.py": _STATE,
+    "lion/_state/layout.py": _STATE,
+    "lion/_state/loading.py": _STATE,
     "lion/exchange.py": (_tests("interop", "fuzzing/test_checkpoints.py", "distributed/test_one_process.py"),),
     "lion/functional.py": (
         _tests("optimizers/test_functional.py", "interop", "differential/test_errors.py", "fuzzing/test_memory.py"),
@@ -103,34 +136,12 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _tests("optimizers/test_in_backward.py"),
         _tests("distributed/test_in_backward.py"),
     ),
-    "lion/loss_scale.py": (_tests("optimizers/test_loss_scale.py"), _tests("optimizers/test_contract.py")),
     "lion/optimizers.py": (
         _tests("interop/test_signatures.py", "optimizers/test_construction.py", "optimizers/test_loss_scale.py"),
         _tests("optimizers/test_contract.py", "optimizers/test_torch_suite.py", "distributed/test_one_process.py"),
         _tests("failures", "optimizers/test_overrides.py", "optimizers/test_state.py", "paging/test_fork.py"),
         _tests("distributed/test_fsdp1.py", "distributed/test_agreement.py"),
     ),
-    "lion/options.py": (
-        _tests("optimizers/test_construction.py", "fuzzing/test_arguments.py"),
-        _tests("optimizers/test_contract.py", "paging/test_paged.py", "optimizers/test_overrides.py"),
-    ),
     "lion/overrides.py": (_tests("optimizers/test_overrides.py"), _tests("fuzzing/test_arguments.py")),
-    "lion/paging.py": (_tests("paging/test_paged.py", "paging/test_fork.py", "paging/test_errors.py"),),
-    "lion/plan.py": (
-        _tests("optimizers/test_tensors.py", "optimizers/test_overrides.py", "optimizers/test_construction.py"),
-        _tests("optimizers/test_contract.py", "distributed/test_one_process.py", "optimizers/test_programs.py"),
-        _tests("fuzzing", "failures", "paging/test_paged.py", "optimizers/test_state.py"),
-        _tests("distributed/test_fsdp1.py", "distributed/test_fsdp2.py", "distributed/test_agreement.py"),
-    ),
-    "lion/sharding.py": (
-        _tests("distributed/test_one_process.py"),
-        _tests("distributed/test_fsdp2.py"),
-        _tests("distributed/test_dcp.py", "distributed/test_agreement.py"),
-    ),
-    "lion/state.py": (
-        _tests("checkpoints/test_mutations.py", "checkpoints/test_options.py", "fuzzing/test_checkpoints.py"),
-        _tests("optimizers/test_overrides.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
-        _tests("optimizers/test_state.py", "interop", "paging/test_fork.py"),
-    ),
     "lion/trainer.py": (_tests("integration/test_trainer_arguments.py"),),
 }

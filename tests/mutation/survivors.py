@@ -400,7 +400,7 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 2)",
         ),
     ),
-    "lion/batches.py": (
+    "lion/_backends/batch.py": (
         (
             "self.sharded = sharding.is_dtensor(params[0])",
             "all are alike",
@@ -427,7 +427,7 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "self.table = np.zeros(( 9, len(params)), np.int64)",
         ),
     ),
-    "lion/checkpoints.py": (
+    "lion/_state/checkpoints.py": (
         (
             'raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[0]!r} of its states")',
             "the first of a set is any",
@@ -465,14 +465,14 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "group = stepper.param_groups[ -1]",
         ),
     ),
-    "lion/options.py": (
+    "lion/_options.py": (
         (
             "pair = () if isinstance(betas, (Iterator, Mapping, Set)) else tuple(islice(betas, 3))",
             "neither three nor four are two",
             "pair = () if isinstance(betas, (Iterator, Mapping, Set)) else tuple(islice(betas, 4))",
         ),
     ),
-    "lion/paging.py": (
+    "lion/_memory/paging.py": (
         (
             "if size > shutil.disk_usage(folder).free:",
             "the two are never equal",
@@ -496,7 +496,7 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             'with tempfile.TemporaryFile(dir=folder, prefix="lion-", buffering= -1) as file:',
         ),
     ),
-    "lion/plan.py": (
+    "lion/_plan.py": (
         (
             "_PORTION = 256 * 2**20",
             "how much one call updates: speed and memory only",
@@ -565,7 +565,7 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "if on_device or any(map(bool, rates)) and (on_gpu and torch.cuda.is_current_stream_capturing()):",
         ),
     ),
-    "lion/sharding.py": (
+    "lion/_memory/sharding.py": (
         (
             "sums = values if values.device.type == mesh.device_type else values.to(mesh.device_type)",
             "only a GPU can tell",

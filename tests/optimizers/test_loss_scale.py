@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lion
-from lion.backends import use_backend
+from lion._backends import use_backend
 from tests.comparing import assert_same_bits
 
 CLASSES = [lion.Lion, lion.Lion8bit, lion.Lion32bit, lion.PagedLion, lion.PagedLion8bit, lion.PagedLion32bit]

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lion
-from lion import paging
+from lion._memory import paging
 
 MADV_PAGEOUT = 21
 

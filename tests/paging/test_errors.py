@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lion
-from lion import paging
+from lion._memory import paging
 from tests.comparing import assert_same_bits
 from tests.paging.test_paged import LARGE, parameters, step
 

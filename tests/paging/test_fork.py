@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 import lion
-from lion import paging
+from lion._memory import paging
 from tests.comparing import assert_same_bits
 from tests.paging.test_paged import assert_same_state, parameters, step
 

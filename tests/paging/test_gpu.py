@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lion
-from lion import paging
+from lion._memory import paging
 from tests.comparing import assert_same_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

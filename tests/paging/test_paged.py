@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import lion
-from lion import paging, plan
+from lion import _plan as plan
+from lion._memory import paging
 from tests.comparing import assert_same_bits
 
 LARGE, SMALL = 100_000, 99_999

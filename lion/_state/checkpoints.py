@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lion import state
-from lion.options import CHECKS, HYPERPARAMETERS, STATE_OPTIONS, check_group, check_value, form_of, shown
+from lion._options import CHECKS, HYPERPARAMETERS, STATE_OPTIONS, check_group, check_value, shown
+from lion._parameters import parameter_name
+from lion._state.layout import State, form_of
+from lion._state.loading import load
 from lion.overrides import GlobalOptimManager
-from lion.plan import parameter_name
 
 # Options of other optimizers that change the update, with the value that does not.
 _OTHER_ALGORITHMS: dict[str, Any] = {
@@ -45,7 +46,7 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
     """
     saved_groups, saved_states = _parts(state_dict, groups)
     new_groups = []
-    states: defaultdict[Tensor, state.State] = defaultdict(dict)
+    states: defaultdict[Tensor, State] = defaultdict(dict)
     overrides = GlobalOptimManager.get_instance().lookup()
     for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         own = {key: group[key] for key in ("params", "param_names", *STATE_OPTIONS) if key in group}
@@ -61,7 +62,7 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
             saved_state = saved_states.get(saved_id, {})
             if not isinstance(saved_state, Mapping) or saved_state:
                 form = form_of(p, {**new, **overrides.get(id(p), {})})
-                states[p] = state.load(saved_state, p, form, parameter_name(group, number, index))
+                states[p] = load(saved_state, p, form, parameter_name(group, number, index))
     return {"state": states, "param_groups": new_groups}
 
 

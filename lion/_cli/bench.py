@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.optim import Optimizer
 
-from lion.cli import (
+from lion._cli import (
     add_device,
     add_json,
     at_least,
@@ -27,7 +27,7 @@ from lion.cli import (
     print_json,
     progress_bars,
 )
-from lion.cli.measure import WORKLOADS, Summary
+from lion._cli.measure import WORKLOADS, Summary
 
 EXAMPLES = """\
 python -m lion bench

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW, Optimizer
 
-from lion.cli import (
+from lion._cli import (
     UsageError,
     add_device,
     add_json,
@@ -37,7 +37,7 @@ from lion.cli import (
     print_json,
     progress_bars,
 )
-from lion.cli.measure import state_bytes
+from lion._cli.measure import state_bytes
 from lion.optimizers import Lion, Lion8bit, PagedLion8bit
 
 EXAMPLES = """\

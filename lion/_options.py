@@ -6,16 +6,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from enum import Enum
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from lion import reference, sharding
+from lion import reference
 
 HYPERPARAMETERS = ("lr", "betas", "weight_decay")
 STATE_OPTIONS = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
-MIN_PAGED_SIZE = 100_000
 
 
 class Kind(Enum):
@@ -24,34 +23,6 @@ class Kind(Enum):
     FLOAT32 = "32bit"
     BLOCKWISE = "8bit_blockwise"
     TENSORWISE = "8bit_tensorwise"
-
-
-class Form(NamedTuple):
-    """What the state of a parameter looks like.
-
-    Attributes:
-        kind: How the momentum is kept.
-        clipped: Whether there is a history for percentile clipping.
-        paged: Whether momentum and absmax lie in memory that can be paged out.
-    """
-
-    kind: Kind
-    clipped: bool
-    paged: bool
-
-
-def form_of(p: Tensor, options: Mapping[str, Any]) -> Form:
-    """Return the form that the state of a parameter has under these options.
-
-    The precision follows the element count of the whole parameter, so that it does not depend on a mesh; what is paged
-    is the memory of one process, so that follows the count in this process's shard.
-    """
-    if options["optim_bits"] == 32 or p.numel() < options["min_8bit_size"]:
-        kind = Kind.FLOAT32
-    else:
-        kind = Kind.BLOCKWISE if options["block_wise"] else Kind.TENSORWISE
-    paged = options["is_paged"] and sharding.local(p).numel() >= MIN_PAGED_SIZE
-    return Form(kind, options["percentile_clipping"] < 100, paged)
 
 
 def check_value(key: str, value: Any) -> Any:

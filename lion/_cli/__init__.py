@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
-from lion import backends
+from lion._backends import for_device
 
 
 class UsageError(Exception):
@@ -52,7 +52,7 @@ def checked_device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"Invalid --device: {name}; cpu and cuda devices are supported")
     try:
-        backends.for_device(device)
+        for_device(device)
     except (RuntimeError, ValueError) as error:
         raise UsageError(str(error)) from None
     return device

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lion import backends, reference, sharding, state
-from lion.backends import StepCoefficients
-from lion.batches import Batch
-from lion.loss_scale import LossScale
-from lion.options import HYPERPARAMETERS, check_group, check_value, form_of
+from lion import reference
+from lion._backends import Batch, LossScale, StepCoefficients, for_device
+from lion._memory import sharding
+from lion._options import HYPERPARAMETERS, check_group, check_value
+from lion._parameters import Group, check_gradient, check_parameter, parameter_name
+from lion._state import State, adapted, form_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Group = Mapping[str, Any]
 # A mesh, and the dimensions of it that a parameter is sharded over.
 _Shards: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]]"
 
@@ -48,7 +48,7 @@ class Plan:
     def __init__(
         self,
         groups: Sequence[Group],
-        states: dict[Tensor, state.State],
+        states: dict[Tensor, State],
         overrides: Mapping[int, Mapping[str, Any]],
         signature: object,
     ) -> None:
@@ -73,8 +73,8 @@ class Plan:
                     continue
                 name = parameter_name(group, number, index)
                 check_parameter(p, name)
-                _check_gradient(p, p.grad, name)
-                backends.for_device(p.device)
+                check_gradient(p, p.grad, name)
+                for_device(p.device)
                 _coefficients(group, override, p.device)
                 members.append((p, name, number, override, options, shards))
                 self._params.append(p)
@@ -91,7 +91,7 @@ class Plan:
                     f"Invalid percentile_clipping for {name}: {percentile}; 100 is allowed with FSDP1, whose shards "
                     "do not tell the whole parameter's norm; those of torch.distributed.fsdp.fully_shard do"
                 )
-            new_states[p] = state.adapted(states.get(p), p, form, name)
+            new_states[p] = adapted(states.get(p), p, form, name)
             hyperparameters = tuple(override.get(key) for key in HYPERPARAMETERS)
             portion = paged_bytes // _PORTION
             memory = sharding.local(p)
@@ -113,7 +113,7 @@ class Plan:
             for (form, percentile, number, override, *_), params in batches.items()
         ]
 
-    def fits(self, params: Sequence[Tensor], states: Mapping[Tensor, state.State], signature: object) -> bool:
+    def fits(self, params: Sequence[Tensor], states: Mapping[Tensor, State], signature: object) -> bool:
         """Return whether the plan was made for these parameters, states and options."""
         return (
             signature == self._signature
@@ -152,7 +152,7 @@ class Plan:
             mine = [(batch, step) for batch, step in prepared if batch.params[0] in places]
             norms = torch.zeros(len(places), dtype=torch.float64, device=device)
             for batch, step in mine:
-                squared = backends.for_device(batch.device).squared_norms(batch, step, loss_scale)
+                squared = for_device(batch.device).squared_norms(batch, step, loss_scale)
                 norms[self._places(batch, places)] = squared.to(device, torch.float64)
             sums = sharding.sum_over_shards(norms, *shards).float()
             for batch, _ in mine:
@@ -190,44 +190,6 @@ def _shards(p: Tensor, options: Mapping[str, Any]) -> _Shards | None:
         dimensions = sharding.mesh_dimensions(p)
         return (p.device_mesh, dimensions) if dimensions else None
     return None
-
-
-def parameter_name(group: Group, number: int, index: int) -> str:
-    """Return what to call a parameter in an error."""
-    names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}"
-
-
-def check_parameter(p: Tensor, name: str) -> None:
-    """Raise unless a parameter's dtype and layout are supported."""
-    if p.layout != torch.strided:
-        raise TypeError(f"Invalid {name}: layout {p.layout}; dense tensors are supported")
-    if sharding.is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
-        raise TypeError(f"Invalid {name}: its placements are {p.placements}; sharded and replicated ones are supported")
-    if p.dtype not in backends.DTYPES:
-        raise TypeError(f"Invalid {name}: {p.dtype}; {', '.join(map(str, backends.DTYPES))} are supported")
-    if p.is_neg():
-        raise TypeError(f"Invalid {name}: a view with the negative bit; resolve_neg() makes it an ordinary tensor")
-
-
-def _check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
-    if grad.layout != torch.strided:
-        raise TypeError(f"Invalid gradient of {name}: layout {grad.layout}; dense tensors are supported")
-    if sharding.is_dtensor(grad) != sharding.is_dtensor(p):
-        raise TypeError(
-            f"Invalid gradient of {name}: {type(grad).__name__}; a DTensor is needed where the parameter is one"
-        )
-    if grad.dtype != p.dtype or grad.shape != p.shape or grad.device != p.device:
-        raise TypeError(
-            f"Invalid gradient of {name}: {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}; "
-            f"{p.dtype} of shape {tuple(p.shape)} on {p.device} is needed"
-        )
-    memory = sharding.local(p)
-    if any(stride == 0 and size > 1 for stride, size in zip(memory.stride(), memory.shape, strict=True)):
-        raise ValueError(f"Invalid {name}: its elements share memory (strides {p.stride()})")
-    for what, tensor in ((name, memory), (f"gradient of {name}", sharding.local(grad))):
-        if not state.has_memory(tensor):
-            raise ValueError(f"Invalid {what}: it reaches beyond the end of its memory")
 
 
 def _coefficients(group: Group, override: Mapping[str, Any], device: torch.device) -> StepCoefficients:

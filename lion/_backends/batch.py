@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lion import sharding
-from lion.options import Kind
+from lion._memory import sharding
+from lion._options import Kind
 
 _data_ptr = Tensor.data_ptr
 _numel = Tensor.numel

@@ -18,7 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lion import backends, cpu_kernels, paging
+from lion import cpu_kernels
+from lion._backends import CpuBackend, ReferenceBackend, for_device
+from lion._memory import paging
 from lion.cuda_kernels import launch
 
 DISTRIBUTIONS = ("numba-lion", "torch", "numba", "numba-cuda", "numpy")
@@ -96,12 +98,12 @@ def _devices() -> dict[str, str]:
 def _backend(device: str) -> dict[str, str | None]:
     """Return the package that serves tensors of a device, or why none does."""
     try:
-        backend = backends.for_device(torch.device(device))
+        backend = for_device(torch.device(device))
     except (RuntimeError, ValueError) as error:
         return {"name": None, "problem": str(error)}
-    names = {backends.CpuBackend: "cpu_kernels", backends.ReferenceBackend: "reference"}
+    names = {CpuBackend: "lion.cpu_kernels", ReferenceBackend: "lion.reference"}
     simulator = " in Numba's simulator" * launch.simulated()
-    return {"name": names.get(type(backend), f"cuda_kernels{simulator}"), "problem": None}
+    return {"name": names.get(type(backend), f"lion.cuda_kernels{simulator}"), "problem": None}
 
 
 def _compiled_cuda_kernels() -> dict[str, Any] | None:

@@ -12,15 +12,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lion import paging, reference
-from lion.backends import DTYPES, StepCoefficients
-from lion.batches import SIZE, Batch
+from lion import reference
+from lion._backends.batch import SIZE, Batch
+from lion._backends.loss_scale import LossScale
+from lion._backends.protocol import DTYPES, StepCoefficients
+from lion._memory import paging
+from lion._options import Kind
 from lion.cuda_kernels import launch
 from lion.cuda_kernels.clipping import CHUNK
 from lion.cuda_kernels.quantization import lookup_table
 from lion.cuda_kernels.table import BLOCK_SIZE, table, work_list
-from lion.loss_scale import LossScale
-from lion.options import Kind
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor
 
-from lion import paging, reference
+from lion import reference
+from lion._memory import paging
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -26,8 +26,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lion import functional, reference
-from lion.backends import DTYPES, as_numpy, use_backend
-from lion.cli import add_json, device_name, print_json, progress_bars
+from lion._backends import DTYPES, as_numpy, use_backend
+from lion._cli import add_json, device_name, print_json, progress_bars
 from lion.optimizers import Lion
 from lion.reference.clipping import HISTORY
 

@@ -1,0 +1,21 @@
+"""Who computes: implementations of the update, and the batches of tensors that they get."""
+
+from lion._backends.batch import Batch, StaleBatch
+from lion._backends.cpu import CpuBackend
+from lion._backends.loss_scale import LossScale
+from lion._backends.protocol import DTYPES, StepCoefficients
+from lion._backends.reference import ReferenceBackend, as_numpy
+from lion._backends.selection import for_device, use_backend
+
+__all__ = [
+    "DTYPES",
+    "Batch",
+    "CpuBackend",
+    "LossScale",
+    "ReferenceBackend",
+    "StaleBatch",
+    "StepCoefficients",
+    "as_numpy",
+    "for_device",
+    "use_backend",
+]

@@ -1,0 +1,79 @@
+"""CPU tensors, through :mod:`lion.cpu_kernels`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lion import cpu_kernels
+from lion._backends.batch import GRAD, SIZE, Batch
+from lion._backends.loss_scale import LossScale
+from lion._backends.protocol import DTYPES, StepCoefficients
+from lion._options import Kind
+
+
+class CpuBackend:
+    """CPU tensors, through :mod:`lion.cpu_kernels`."""
+
+    def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
+        if loss_scale.skips():
+            return
+        params, grads, states, absmax, new_absmax, sizes, steps, histories = batch.table
+        dtype, threads = DTYPES[batch.dtype], torch.get_num_threads()
+        k = np.array(step.values)
+        scales = np.ones(len(sizes), np.float32)
+        if batch.percentile < 100:
+            norms = self.squared_norms(batch, step, loss_scale) if batch.squared_norms is None else batch.squared_norms
+            cpu_kernels.percentile_clipping(norms.numpy(), histories, steps, scales, batch.percentile, threads)
+        common = sizes, steps, scales, k, threads, loss_scale.inv_scale()
+        if batch.kind is Kind.FLOAT32:
+            cpu_kernels.update_32bit(dtype, params, grads, states, *common)
+        elif batch.kind is Kind.BLOCKWISE:
+            cpu_kernels.update_8bit_blockwise(dtype, params, grads, states, absmax, *common)
+        else:
+            cpu_kernels.update_8bit_tensorwise(dtype, params, grads, states, absmax, new_absmax, *common)
+
+    def squared_norms(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> Tensor:
+        dtype, grads, sizes = DTYPES[batch.dtype], batch.table[GRAD], batch.table[SIZE]
+        norms = cpu_kernels.squared_norm(dtype, grads, sizes, torch.get_num_threads(), loss_scale.inv_scale())
+        return torch.from_numpy(norms)
+
+    def quantize_blockwise(self, values: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> None:
+        cpu_kernels.quantize_blockwise(
+            DTYPES[values.dtype],
+            values.data_ptr(),
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            values.numel(),
+            qmap.numpy(),
+            block_size,
+            torch.get_num_threads(),
+        )
+
+    def dequantize_blockwise(
+        self, codes: Tensor, absmax: Tensor, values: Tensor, qmap: Tensor, block_size: int
+    ) -> None:
+        cpu_kernels.dequantize_blockwise(
+            DTYPES[values.dtype],
+            codes.data_ptr(),
+            absmax.data_ptr(),
+            values.data_ptr(),
+            values.numel(),
+            qmap.numpy(),
+            block_size,
+            torch.get_num_threads(),
+        )
+
+    def squared_norm(self, grad: Tensor) -> Tensor:
+        grads, sizes = np.array([grad.data_ptr()]), np.array([grad.numel()])
+        norms = cpu_kernels.squared_norm(DTYPES[grad.dtype], grads, sizes, torch.get_num_threads())
+        return torch.from_numpy(norms)[0]
+
+    def percentile_clipping(self, grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> Tensor:
+        before = torch.tensor(step - 1, dtype=torch.float32, device="cpu")
+        norms = self.squared_norm(grad).reshape(1).numpy()
+        histories, steps = np.array([[gnorm_vec.data_ptr()], [before.data_ptr()]])
+        scales = np.ones(1, np.float32)
+        cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 1)
+        return torch.from_numpy(scales)[0]

@@ -1,0 +1,59 @@
+"""Parameters and their gradients: what to call them in an error, and what is supported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lion._backends import DTYPES
+from lion._memory import sharding
+
+Group = Mapping[str, Any]
+
+
+def parameter_name(group: Group, number: int, index: int) -> str:
+    """Return what to call a parameter in an error."""
+    names = group.get("param_names")
+    return f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}"
+
+
+def check_parameter(p: Tensor, name: str) -> None:
+    """Raise unless a parameter's dtype and layout are supported."""
+    if p.layout != torch.strided:
+        raise TypeError(f"Invalid {name}: layout {p.layout}; dense tensors are supported")
+    if sharding.is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
+        raise TypeError(f"Invalid {name}: its placements are {p.placements}; sharded and replicated ones are supported")
+    if p.dtype not in DTYPES:
+        raise TypeError(f"Invalid {name}: {p.dtype}; {', '.join(map(str, DTYPES))} are supported")
+    if p.is_neg():
+        raise TypeError(f"Invalid {name}: a view with the negative bit; resolve_neg() makes it an ordinary tensor")
+
+
+def check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
+    if grad.layout != torch.strided:
+        raise TypeError(f"Invalid gradient of {name}: layout {grad.layout}; dense tensors are supported")
+    if sharding.is_dtensor(grad) != sharding.is_dtensor(p):
+        raise TypeError(
+            f"Invalid gradient of {name}: {type(grad).__name__}; a DTensor is needed where the parameter is one"
+        )
+    if grad.dtype != p.dtype or grad.shape != p.shape or grad.device != p.device:
+        raise TypeError(
+            f"Invalid gradient of {name}: {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}; "
+            f"{p.dtype} of shape {tuple(p.shape)} on {p.device} is needed"
+        )
+    memory = sharding.local(p)
+    if any(stride == 0 and size > 1 for stride, size in zip(memory.stride(), memory.shape, strict=True)):
+        raise ValueError(f"Invalid {name}: its elements share memory (strides {p.stride()})")
+    for what, tensor in ((name, memory), (f"gradient of {name}", sharding.local(grad))):
+        if not has_memory(tensor):
+            raise ValueError(f"Invalid {what}: it reaches beyond the end of its memory")
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a dense tensor lies within its storage, which may have been made smaller."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()

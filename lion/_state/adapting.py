@@ -1,0 +1,107 @@
+"""Bringing a state into the form that its parameter's options ask for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lion import functional, reference
+from lion._memory import paging, sharding
+from lion._options import Kind
+from lion._state.checks import check, check_sharded
+from lion._state.layout import PAGED_KEYS, Form, State, create, empty_history, kind_in
+
+_MOMENTUM_KEYS = {
+    Kind.FLOAT32: ("state1",),
+    Kind.BLOCKWISE: ("state1", "qmap1", "absmax1"),
+    Kind.TENSORWISE: ("state1", "qmap1", "max1", "new_max1"),
+}
+
+
+def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
+    """Return a parameter's state in the form that its options ask for: the same object where it fits already.
+
+    8-bit momentum is dequantized and float32 momentum quantized, which loses precision as any quantization does.
+
+    Args:
+        state: The state; None or empty for a parameter that has taken no step.
+        p: The parameter.
+        form: What its state is to look like.
+        name: What to call the parameter in an error.
+
+    Raises:
+        ValueError: If the state does not fit the parameter.
+        OSError: If there is no room or no permission for paged state.
+    """
+    if not state:
+        return create(p, form)
+    if sharding.is_dtensor(p):
+        check_sharded(state, name)
+        local_state = sharding.unwrapped(state, p, name)
+        new = adapted(local_state, sharding.local(p), form, name)
+        return state if new is local_state else sharding.wrapped(new, p)
+    step = state.get("step")
+    if isinstance(step, Tensor) and step.device != p.device and not step.is_meta:
+        # There torch's ZeroRedundancyOptimizer puts it when it loads.
+        state = {**state, "step": step.to(p.device)}
+    check(state, p, name)
+    old = kind_in(state)
+    if old is form.kind and form.clipped == ("gnorm_vec" in state):
+        return placed(state, form.paged)
+    new = {"step": state["step"]}
+    if old is form.kind:
+        new.update({key: state[key] for key in _MOMENTUM_KEYS[old]})
+    else:
+        new.update(quantized(momentum(state), form.kind))
+    if form.clipped:
+        new["gnorm_vec"] = state.get("gnorm_vec", empty_history(p.device))
+    return placed(new, form.paged)
+
+
+def placed(state: State, paged: bool) -> State:
+    """Return a state whose large tensors are in pageable memory or are not: the same object where that is so already.
+
+    Raises:
+        OSError: If there is no room or no permission for paged state.
+    """
+    momentum = state["state1"]
+    if sharding.is_dtensor(momentum):
+        local_state = sharding.unwrapped(state, momentum, "a parameter")
+        new = placed(local_state, paged)
+        return state if new is local_state else sharding.wrapped(new, momentum)
+    tensors = {key: paging.moved(state[key], paged) for key in PAGED_KEYS if key in state}
+    return {**state, **tensors} if any(tensors[key] is not state[key] for key in tensors) else state
+
+
+def momentum(state: State, block_size: int = reference.BLOCK_SIZE) -> Tensor:
+    """Return the momentum in a state as float32; float32 momentum itself, no copy."""
+    kind, stored = kind_in(state), state["state1"]
+    if kind is Kind.FLOAT32:
+        return stored
+    if sharding.is_dtensor(stored):
+        local_state = sharding.unwrapped(state, stored, "a parameter")
+        return sharding.wrapped({"state1": momentum(local_state)}, stored)["state1"]
+    if kind is Kind.TENSORWISE:
+        return state["qmap1"][state["state1"].int()] * state["max1"]
+    return functional.dequantize_blockwise(
+        state["state1"], absmax=state["absmax1"], code=state["qmap1"], blocksize=block_size
+    )
+
+
+def quantized(momentum: Tensor, kind: Kind) -> State:
+    """Return the part of a state that keeps float32 momentum in the way of a kind."""
+    if kind is Kind.FLOAT32:
+        return {"state1": momentum}
+    shared = functional.shared_dynamic_map(momentum.device)
+    if kind is Kind.BLOCKWISE:
+        codes, quantized = functional.quantize_blockwise(momentum, code=shared, blocksize=reference.BLOCK_SIZE)
+        return {"state1": codes, "qmap1": shared, "absmax1": quantized.absmax}
+    numel = momentum.numel()
+    array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 1))
+    maximum = torch.from_numpy(absmax).to(momentum.device) if numel else momentum.new_zeros(1)
+    return {
+        "state1": torch.from_numpy(array).to(momentum.device),
+        "qmap1": shared,
+        "max1": maximum,
+        "new_max1": maximum.clone(),
+    }

@@ -1,0 +1,118 @@
+"""What is kept for a parameter.
+
+The state of a parameter has bitsandbytes' keys:
+
+=================  ==================================================================================
+``step``           number of steps taken: float32, 0-dim, on the parameter's device
+``state1``         momentum, the parameter's shape: float32, or uint8 codes
+``qmap1``          8-bit: the quantization map, float32 of shape (256,), shared
+``absmax1``        8-bit blockwise: float32, one per block of 256 elements
+``max1``           8-bit tensor-wise: absmax of the whole tensor, float32 of shape (1,)
+``new_max1``       8-bit tensor-wise: scratch of the same shape
+``gnorm_vec``      with percentile clipping: the last 100 squared gradient norms, float32
+=================  ==================================================================================
+
+Of a parameter that is a DTensor, ``state1``, ``absmax1``, ``max1`` and ``new_max1`` are DTensors too, see
+:mod:`lion._memory.sharding`. Of a paged state ``state1`` and ``absmax1`` lie in memory made by
+:mod:`lion._memory.paging`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lion import functional, reference
+from lion._memory import paging, sharding
+from lion._options import Kind
+
+State = dict[str, Any]
+
+MIN_PAGED_SIZE = 100_000
+PAGED_KEYS = ("state1", "absmax1")
+
+
+class Form(NamedTuple):
+    """What the state of a parameter looks like.
+
+    Attributes:
+        kind: How the momentum is kept.
+        clipped: Whether there is a history for percentile clipping.
+        paged: Whether momentum and absmax lie in memory that can be paged out.
+    """
+
+    kind: Kind
+    clipped: bool
+    paged: bool
+
+
+def form_of(p: Tensor, options: Mapping[str, Any]) -> Form:
+    """Return the form that the state of a parameter has under these options.
+
+    The precision follows the element count of the whole parameter, so that it does not depend on a mesh; what is paged
+    is the memory of one process, so that follows the count in this process's shard.
+    """
+    if options["optim_bits"] == 32 or p.numel() < options["min_8bit_size"]:
+        kind = Kind.FLOAT32
+    else:
+        kind = Kind.BLOCKWISE if options["block_wise"] else Kind.TENSORWISE
+    paged = options["is_paged"] and sharding.local(p).numel() >= MIN_PAGED_SIZE
+    return Form(kind, options["percentile_clipping"] < 100, paged)
+
+
+def kind_in(state: Mapping[str, Any]) -> Kind:
+    """Return how the momentum in a state is kept."""
+    if state["state1"].dtype == torch.float32:
+        return Kind.FLOAT32
+    return Kind.TENSORWISE if "max1" in state or "new_max1" in state else Kind.BLOCKWISE
+
+
+def absmax_shapes(kind: Kind, numel: int, block_size: int = reference.BLOCK_SIZE) -> dict[str, tuple[int, ...]]:
+    if kind is Kind.TENSORWISE:
+        return {"max1": (1,), "new_max1": (1,)}
+    return {"absmax1": (-(-numel // block_size),)}
+
+
+def create(p: Tensor, form: Form) -> State:
+    """Return the state of a parameter that has taken no step.
+
+    Args:
+        p: The parameter.
+        form: What its state is to look like.
+
+    Raises:
+        OSError: If there is no room or no permission for paged state.
+    """
+    if sharding.is_dtensor(p):
+        return sharding.wrapped(create(sharding.local(p), form), p)
+    state: State = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
+    if form.kind is Kind.FLOAT32:
+        state["state1"] = _full(p.shape, 0, torch.float32, p.device, form.paged)
+    else:
+        state["state1"] = _full(p.shape, _zero_code(), torch.uint8, p.device, form.paged)
+        state["qmap1"] = functional.shared_dynamic_map(p.device)
+        for key, shape in absmax_shapes(form.kind, p.numel()).items():
+            state[key] = _full(torch.Size(shape), 0, torch.float32, p.device, form.paged and key in PAGED_KEYS)
+    if form.clipped:
+        state["gnorm_vec"] = empty_history(p.device)
+    return state
+
+
+def _full(shape: torch.Size, value: int, dtype: torch.dtype, device: torch.device, paged: bool) -> Tensor:
+    if paged:
+        return paging.empty(shape, dtype, device).fill_(value)
+    return torch.full(shape, value, dtype=dtype, device=device)
+
+
+def empty_history(device: torch.device) -> Tensor:
+    return torch.zeros(reference.HISTORY, dtype=torch.float32, device=device)
+
+
+@lru_cache
+def _zero_code() -> int:
+    thresholds = reference.quantize_thresholds(reference.create_dynamic_map())
+    return int((thresholds < 0).sum())
