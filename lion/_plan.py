@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from operator import is_
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,11 +15,12 @@ from lion._backends import Batch, LossScale, StepCoefficients, for_device
 from lion._memory import sharding
 from lion._options import HYPERPARAMETERS, check_group, check_value
 from lion._parameters import Group, check_gradient, check_parameter, parameter_name
-from lion._state import State, adapted, form_of
+from lion._state import Form, State, adapted, form_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+Prepared = list[tuple[Batch, StepCoefficients]]
 # A mesh, and the dimensions of it that a parameter is sharded over.
 _Shards: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]]"
 
@@ -29,10 +29,42 @@ _PORTION = 256 * 2**20
 _rounded = lru_cache(reference.coefficients)
 
 
+class _Member(NamedTuple):
+    """A parameter that has a gradient, and what its update depends on."""
+
+    p: Tensor
+    name: str
+    group: int
+    override: Mapping[str, Any]
+    form: Form
+    percentile: int
+    shards: _Shards | None
+
+
+class _Part(NamedTuple):
+    """A batch of the plan, with the places of its parameters among all that have a gradient."""
+
+    batch: Batch
+    members: list[int]
+    group: int
+    override: Mapping[str, Any]
+
+
+class _Norms(NamedTuple):
+    """Norms that are summed over the same shards.
+
+    There is a place for every clipped parameter, whether it has a gradient in this process or not.
+    """
+
+    device: torch.device
+    places: dict[int, int]
+
+
 class Plan:
     """The batches of a step, kept for the next ones as long as they fit.
 
-    Making one checks all parameters, gradients and options first, then makes and converts states.
+    Making one checks all parameters, gradients and options first, then makes and converts states. Kept are numbers:
+    no parameter, gradient or state is held from step to step.
 
     Args:
         groups: The optimizer's parameter groups.
@@ -53,13 +85,20 @@ class Plan:
         signature: object,
     ) -> None:
         self._signature = signature
-        self._params: list[Tensor] = []
-        # Parameters whose norms have to be summed over their shards, whether they have a gradient here or not.
-        self._norms: dict[_Shards, dict[Tensor, int]] = {}
-        self._groups = groups
-        sharded = [p for group in groups for p in group["params"] if sharding.is_dtensor(p)]
-        self.meshes = {p.device_mesh: None for p in sharded}
-        members: list[tuple[Tensor, str, int, Mapping[str, Any], dict[str, Any], _Shards | None]] = []
+        self.meshes = {
+            p.device_mesh: None for group in groups for p in group["params"] if sharding.is_dtensor(p)
+        }  # a dict, to keep their order
+        self._norms: dict[_Shards, _Norms] = {}
+        members = self._members(groups, overrides)
+        self._ids = [id(member.p) for member in members]
+        states.update([(m.p, adapted(states.get(m.p), m.p, m.form, m.name)) for m in members])
+        self._parts = [
+            _part(members, numbers, states) for numbers in _together(members, [states[m.p] for m in members])
+        ]
+
+    def _members(self, groups: Sequence[Group], overrides: Mapping[int, Mapping[str, Any]]) -> list[_Member]:
+        """Return the parameters that have a gradient, checked, and note whose norms are summed over shards."""
+        members = []
         for number, group in enumerate(groups):
             checked = check_group(group)
             for index, p in enumerate(group["params"]):
@@ -67,109 +106,74 @@ class Plan:
                 options = {**checked, **override}
                 shards = _shards(p, options)
                 if shards is not None:
-                    places = self._norms.setdefault(shards, {})
-                    places[p] = len(places)
-                if p.grad is None:
-                    continue
-                name = parameter_name(group, number, index)
-                check_parameter(p, name)
-                check_gradient(p, p.grad, name)
-                for_device(p.device)
-                _coefficients(group, override, p.device)
-                members.append((p, name, number, override, options, shards))
-                self._params.append(p)
+                    places = self._norms.setdefault(shards, _Norms(p.device, {})).places
+                    places[id(p)] = len(places)
+                if p.grad is not None:
+                    members.append(_member(group, number, index, override, options, shards))
+        return members
 
-        new_states = {}
-        batches: dict[tuple[Any, ...], list[Tensor]] = {}
-        paged_bytes = 0
-        # Parameters in the same memory take turns: within one call several threads would write to it at once.
-        turns: Counter[int] = Counter()
-        for p, name, number, override, options, shards in members:
-            form, percentile = form_of(p, options), options["percentile_clipping"]
-            if percentile < 100 and getattr(p, "_fsdp_flattened", False):
-                raise ValueError(
-                    f"Invalid percentile_clipping for {name}: {percentile}; 100 is allowed with FSDP1, whose shards "
-                    "do not tell the whole parameter's norm; those of torch.distributed.fsdp.fully_shard do"
-                )
-            new_states[p] = adapted(states.get(p), p, form, name)
-            hyperparameters = tuple(override.get(key) for key in HYPERPARAMETERS)
-            portion = paged_bytes // _PORTION
-            memory = sharding.local(p)
-            paged_bytes += sharding.local(new_states[p]["state1"]).nbytes if form.paged else 0
-            turn = turns[memory.data_ptr()] if memory.numel() else 0
-            turns[memory.data_ptr()] += 1
-            layout = shards, sharding.is_dtensor(p)
-            key = (form, percentile, number, hyperparameters, p.device, p.dtype, layout, form.paged and portion, turn)
-            batches.setdefault(key, []).append(p)
-        states.update(new_states)
+    def fits(self, params: Sequence[Tensor], signature: object) -> bool:
+        """Return whether the plan was made for these parameters and options."""
+        return signature == self._signature and list(map(id, params)) == self._ids
 
-        self._all_states = list(states.values())
-        self._batches = [
-            (
-                Batch(form.kind, percentile, params, [states[p] for p in params]),
-                groups[number],
-                {key: value for key, value in zip(HYPERPARAMETERS, override, strict=True) if value is not None},
-            )
-            for (form, percentile, number, override, *_), params in batches.items()
-        ]
-
-    def fits(self, params: Sequence[Tensor], states: Mapping[Tensor, State], signature: object) -> bool:
-        """Return whether the plan was made for these parameters, states and options."""
-        return (
-            signature == self._signature
-            and len(params) == len(self._params)
-            and all(map(is_, params, self._params))
-            and len(states) == len(self._all_states)
-            and all(map(is_, states.values(), self._all_states))
-        )
-
-    def refreshed(self, shards: Mapping[Tensor, Tensor]) -> list[tuple[Batch, StepCoefficients]]:
-        """Return the batches with this step's gradients and coefficients.
+    def prepared(
+        self,
+        groups: Sequence[Group],
+        params: Sequence[Tensor],
+        states: Mapping[Tensor, State],
+        shards: Mapping[Tensor, Tensor],
+    ) -> Prepared:
+        """Return the batches with this step's tensors and coefficients.
 
         Args:
+            groups: The optimizer's parameter groups.
+            params: The parameters that have a gradient.
+            states: The optimizer's states.
             shards: This process's shards of the gradients of DTensors.
 
         Raises:
             StaleBatch: If a tensor changed its dtype, size or place.
             ValueError: If a hyperparameter is not allowed.
         """
-        prepared = [(batch, _coefficients(group, override, batch.device)) for batch, group, override in self._batches]
-        for batch, _ in prepared:
-            batch.refresh(shards)
+        steps = [_coefficients(groups[part.group], part.override, part.batch.device) for part in self._parts]
+        prepared = []
+        try:
+            for part, step in zip(self._parts, steps, strict=True):
+                own = [params[i] for i in part.members]
+                grads: Any = [shards[p] if part.batch.sharded else p.grad for p in own]
+                part.batch.take(own, grads, [states[p] for p in own])
+                prepared.append((part.batch, step))
+        except BaseException:
+            for batch, _ in prepared:
+                batch.release()
+            raise
         return prepared
 
-    def sum_norms(self, prepared: Sequence[tuple[Batch, StepCoefficients]], loss_scale: LossScale) -> None:
+    def sum_norms(self, prepared: Prepared, loss_scale: LossScale) -> None:
         """Bring to the batches the norms of the gradients whose shards other processes have, too.
 
         Every process that takes part in a step has to call it, whatever gradients it has.
 
         Args:
-            prepared: What :meth:`refreshed` returned.
+            prepared: What :meth:`prepared` returned.
             loss_scale: The scaling of the loss.
         """
-        for shards, places in self._norms.items():
-            device = next(iter(places)).device
-            mine = [(batch, step) for batch, step in prepared if batch.params[0] in places]
+        for shards, (device, places) in self._norms.items():
+            mine = [(batch, step) for batch, step in prepared if id(batch.params[0]) in places]
             norms = torch.zeros(len(places), dtype=torch.float64, device=device)
             for batch, step in mine:
                 squared = for_device(batch.device).squared_norms(batch, step, loss_scale)
-                norms[self._places(batch, places)] = squared.to(device, torch.float64)
+                norms[_places(batch, places)] = squared.to(device, torch.float64)
             sums = sharding.sum_over_shards(norms, *shards).float()
             for batch, _ in mine:
-                batch.squared_norms = sums[self._places(batch, places)].to(batch.device)
+                batch.squared_norms = sums[_places(batch, places)].to(batch.device)
 
-    def _places(self, batch: Batch, places: Mapping[Tensor, int]) -> Tensor:
-        """Return where the norms of a batch are, as indices on its device, made once: making them waits for it."""
-        if batch.places is None:
-            batch.places = torch.tensor([places[p] for p in batch.params], device=batch.device)
-        return batch.places
-
-    def changes_nothing(self, prepared: Sequence[tuple[Batch, StepCoefficients]]) -> bool:
+    def changes_nothing(self, groups: Sequence[Group], prepared: Prepared) -> bool:
         """Return whether all learning rates and all gradients are zero, on every process.
 
         It waits for the devices, except where a learning rate is not zero or a tensor on one of them.
         """
-        rates = [group["lr"] for group in self._groups]
+        rates = [group["lr"] for group in groups]
         on_device = any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
         on_gpu = any(batch.device.type == "cuda" for batch, _ in prepared)
         if on_device or any(map(bool, rates)) or (on_gpu and torch.cuda.is_current_stream_capturing()):
@@ -182,6 +186,63 @@ class Plan:
             flag = torch.tensor([changes], dtype=torch.float64, device="cpu")
             changes = bool(sharding.sum_over_shards(flag, mesh, range(mesh.ndim)))
         return not changes
+
+
+def _member(
+    group: Group,
+    number: int,
+    index: int,
+    override: Mapping[str, Any],
+    options: Mapping[str, Any],
+    shards: _Shards | None,
+) -> _Member:
+    """Return a parameter that has a gradient, or raise if it cannot be updated."""
+    p, name, percentile = group["params"][index], parameter_name(group, number, index), options["percentile_clipping"]
+    check_parameter(p, name)
+    check_gradient(p, p.grad, name)
+    for_device(p.device)
+    _coefficients(group, override, p.device)
+    if percentile < 100 and getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"Invalid percentile_clipping for {name}: {percentile}; 100 is allowed with FSDP1, whose shards "
+            "do not tell the whole parameter's norm; those of torch.distributed.fsdp.fully_shard do"
+        )
+    hyperparameters = {key: override[key] for key in HYPERPARAMETERS if key in override}
+    return _Member(p, name, number, hyperparameters, form_of(p, options), percentile, shards)
+
+
+def _together(members: Sequence[_Member], states: Sequence[State]) -> list[list[int]]:
+    """Return which members one kernel call can update, by their numbers."""
+    batches: dict[tuple[Any, ...], list[int]] = {}
+    paged_bytes = 0
+    # Parameters in the same memory take turns: within one call several threads would write to it at once.
+    turns: Counter[int] = Counter()
+    for number, (member, state) in enumerate(zip(members, states, strict=True)):
+        p, form = member.p, member.form
+        memory = sharding.local(p)
+        portion = paged_bytes // _PORTION
+        paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else 0
+        turn = turns[memory.data_ptr()] if memory.numel() else 0
+        turns[memory.data_ptr()] += 1
+        layout = member.shards, sharding.is_dtensor(p)
+        override = tuple(member.override.get(key) for key in HYPERPARAMETERS)
+        options = member.group, override, member.percentile
+        key = (form, options, p.device, p.dtype, layout, form.paged and portion, turn)
+        batches.setdefault(key, []).append(number)
+    return list(batches.values())
+
+
+def _part(members: Sequence[_Member], numbers: list[int], states: Mapping[Tensor, State]) -> _Part:
+    first, params = members[numbers[0]], [members[i].p for i in numbers]
+    batch = Batch(first.form.kind, first.percentile, params, [states[p] for p in params], first.form.in_memory_order)
+    return _Part(batch, numbers, first.group, first.override)
+
+
+def _places(batch: Batch, places: Mapping[int, int]) -> Tensor:
+    """Return where the norms of a batch are, as indices on its device, made once: making them waits for it."""
+    if batch.places is None:
+        batch.places = torch.tensor([places[id(p)] for p in batch.params], device=batch.device)
+    return batch.places
 
 
 def _shards(p: Tensor, options: Mapping[str, Any]) -> _Shards | None:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lion._backends import Batch, LossScale, StaleBatch, StepCoefficients, for_device
+from lion._backends import LossScale, StaleBatch, for_device
 from lion._memory import paging, sharding
 from lion._options import STATE_OPTIONS, check_group, shown
 from lion._parameters import check_parameter, parameter_name
-from lion._plan import Plan
+from lion._plan import Plan, Prepared
 from lion._state import converted, form_of, placed
 from lion.overrides import GlobalOptimManager
 
+_KEPT_PLANS = 4
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -56,7 +57,8 @@ class Lion(Optimizer):
         bitsandbytes 0.44, ``optim/lion.py``.
     """
 
-    _plan: Plan | None = None
+    # The plans of the last steps, the newest first.
+    _plans: tuple[Plan, ...] = ()
     _stepped = False
     _in_backward: object = None
     # torch.amp.GradScaler leaves the unscaling of the gradients to the step.
@@ -145,8 +147,7 @@ class Lion(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         loss_scale = LossScale.of(self)
-        on_host = loss_scale.found_inf is not None and loss_scale.found_inf.device.type == "cpu"
-        skips = on_host and loss_scale.skips()
+        skips = loss_scale.skips_on_host()
         if skips and not any(sharding.is_dtensor(p) for group in self.param_groups for p in group["params"]):
             return loss
         first = not self._stepped
@@ -156,25 +157,26 @@ class Lion(Optimizer):
         try:
             plan.sum_norms(batches, loss_scale)
             # torch.distributed.checkpoint makes state by a first step of zeros; what follows shall not notice.
-            if not skips and not (first and plan.changes_nothing(batches)):
+            if not skips and not (first and plan.changes_nothing(self.param_groups, batches)):
                 self._update(batches, loss_scale)
         finally:
             for batch, _ in batches:
                 batch.release()
         return loss
 
-    def _update(self, batches: Sequence[tuple[Batch, StepCoefficients]], loss_scale: LossScale) -> None:
+    def _update(self, batches: Prepared, loss_scale: LossScale) -> None:
+        params = [batch.params for batch, _ in batches]
         done = 0
         try:
-            for batch, _ in batches:
-                torch.autograd.graph.increment_version(batch.params)
+            for some in params:
+                torch.autograd.graph.increment_version(some)
             for batch, coefficients in batches:
                 for_device(batch.device).update(batch, coefficients, loss_scale)
                 batch.finish()
                 done += 1
         except BaseException as error:
-            self._plan = None
-            raise error from self._halfway([batch.params for batch, _ in batches], done, error.__cause__)
+            self._plans = ()
+            raise error from self._halfway(params, done, error.__cause__)
 
     def _halfway(self, batches: Sequence[Sequence[Tensor]], done: int, cause: BaseException | None) -> RuntimeError:
         """Return the exception that tells which batches of a step have been updated."""
@@ -221,7 +223,7 @@ class Lion(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._plans = ()
         self._stepped = bool(self.state)
         self._leave_unscaling_to_fsdp1()
         # A copy of paged state is ordinary memory.
@@ -232,35 +234,40 @@ class Lion(Optimizer):
                     form = form_of(p, {**group, **overrides.get(id(p), {})})
                     self.state[p] = placed(self.state[p], form.paged)
 
-    def _prepared(self) -> tuple[Plan, list[tuple[Batch, StepCoefficients]]]:
+    def _prepared(self) -> tuple[Plan, Prepared]:
         """Return the plan of this step and its batches, checked and ready to run."""
-        manager = GlobalOptimManager.get_instance()
-        groups = self.param_groups
+        manager, groups = GlobalOptimManager.get_instance(), self.param_groups
         members = [[p for p in group["params"] if p.grad is not None] for group in groups]
         params = [p for some in members for p in some]
-        # The plan keeps the groups that have members alive, so their ids stay theirs.
         options = [
-            (id(group), len(group["params"]), len(some), *map(group.get, STATE_OPTIONS))
+            (len(group["params"]), len(some), *map(group.get, STATE_OPTIONS))
             for group, some in zip(groups, members, strict=True)
         ]
         signature = (manager.version, paging.forks(), options)
         # Before anything that one process may do and another not: it may have to gather.
         shards = sharding.local_gradients(params)
-        try:
-            if self._plan is not None and self._plan.fits(params, self.state, signature):
-                return self._plan, self._plan.refreshed(shards)
-        # A tensor without memory raises RuntimeError, a state without a key KeyError, an option that cannot be compared
-        # whatever it likes: a new plan says it better.
-        except Exception:
-            pass
-        self._plan = None
+        for plan in self._plans:
+            # An option that cannot be compared raises whatever it likes, a tensor without memory RuntimeError, a state
+            # without a key KeyError: a new plan says it better.
+            try:
+                if plan.fits(params, signature):
+                    prepared = plan.prepared(groups, params, self.state, shards)
+                    self._keep(plan)
+                    return plan, prepared
+            except Exception:
+                self._plans = tuple(kept for kept in self._plans if kept is not plan)
         plan = Plan(groups, self.state, manager.lookup(), signature)
         try:
-            prepared = plan.refreshed(shards)
+            prepared = plan.prepared(groups, params, self.state, shards)
         except StaleBatch:
             raise TypeError("Invalid gradient or parameter: its memory cannot be addressed") from None
-        self._plan = plan
+        self._keep(plan)
         return plan, prepared
+
+    def _keep(self, plan: Plan) -> None:
+        """Put a plan in front of those that are kept: which parameters have a gradient may change from step to step."""
+        if not self._plans or self._plans[0] is not plan:
+            self._plans = (plan, *(kept for kept in self._plans if kept is not plan))[:_KEPT_PLANS]
 
 
 def _shortened(names: Sequence[str]) -> str:

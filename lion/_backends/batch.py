@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from operator import attrgetter, eq, is_, itemgetter
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from lion._memory import sharding
+from lion._memory import paging, sharding
 from lion._options import Kind
+
+State = dict[str, Any]
 
 _data_ptr = Tensor.data_ptr
 _numel = Tensor.numel
 _is_contiguous = Tensor.is_contiguous
 _is_neg = Tensor.is_neg
+_stride: Callable[[Tensor], tuple[int, ...]] = Tensor.stride
 _dtype = attrgetter("dtype")
 _shape = attrgetter("shape")
 _nbytes = attrgetter("nbytes")
+_version = attrgetter("_version")
 
 # Rows of a batch's table of addresses.
 PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, HISTORY = range(8)
@@ -40,52 +44,59 @@ class StaleBatch(Exception):
 class Batch:
     """Parameters that are updated by one kernel call: same device, dtype, kind of state and options.
 
-    The table of addresses is kept from step to step; :meth:`refresh` writes only the gradients' addresses anew and
-    finds out whether anything else has moved.
+    Between steps it holds numbers only, so that what a program drops, replaces or moves is freed at once. A step
+    brings its tensors with :meth:`take`, which finds out whether the numbers still hold, and ends with :meth:`release`.
 
     Args:
         kind: How the momentum is kept.
         percentile: Percentile clipping of all these parameters; 100 is off.
         params: The parameters, all of them DTensors or none; their gradients and states have been checked.
         states: Their states.
+        in_memory_order: Whether the parameters are dense and not contiguous, and their momentum has their strides.
 
     Attributes:
-        states: The states that this process works on: of DTensors, those of their local shards.
-        operands: The parameters' memory during a step, contiguous.
-        gradients: The gradients' memory during a step, contiguous.
+        params: The parameters, during a step.
+        operands: The parameters' memory during a step: contiguous, or dense and in the order of the momentum.
+        gradients: The gradients' memory during a step, in the order of the operands.
         squared_norms: The gradients' squared norms, float32 of shape (n,), where shards had to be summed up for them.
         places: Where these stand among those that are summed, as indices on the device.
+        paged: Addresses and sizes in bytes of the state that lies in pageable memory.
         device_memory: What the CUDA backend keeps.
     """
 
-    def __init__(self, kind: Kind, percentile: int, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        percentile: int,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        in_memory_order: bool = False,
+    ) -> None:
         self.kind = kind
         self.percentile = percentile
-        self.params = params
         self.sharded = sharding.is_dtensor(params[0])
-        self.states = states
-        if self.sharded:
-            self.states = [
-                sharding.unwrapped(state, p, "a parameter")  # type: ignore[arg-type]
-                for state, p in zip(states, params, strict=True)
-            ]
         self.device = params[0].device
         self.dtype = params[0].dtype
         self.table = np.zeros((8, len(params)), np.int64)
         operands = self._local(params)
-        self.table[PARAM] = self._addresses = _addresses(operands)
-        self.table[SIZE] = _counts(operands)
-        self._state_rows = []
+        self._addresses = list(map(_data_ptr, operands))
+        self._sizes = list(map(_numel, operands))
+        self._shapes = list(map(_shape, operands))
+        self.table[PARAM], self.table[SIZE] = self._addresses, self._sizes
+        self._strides = list(map(_stride, operands)) if in_memory_order else None
+        self._staged = not in_memory_order and not all(map(_is_contiguous, operands))
+        self._entries = []
+        self.paged: list[tuple[int, int]] = []
         for key, row in _ROWS.items():
             if key in states[0]:
-                tensors = [s[key] for s in self.states]
-                self.table[row] = _addresses(tensors)
-                self._state_rows.append((row, key, [s[key] for s in states], tensors, list(map(_nbytes, tensors))))
-        self._all_states = states
-        self._maps = [s.get("qmap1") for s in states]
-        self._map_versions = {id(qmap): (qmap, qmap._version) for qmap in self._maps if qmap is not None}
-        self._shapes = list(map(_shape, operands))
-        self._contiguous = all(map(_is_contiguous, operands))
+                tensors = self._local([state[key] for state in states])
+                place = _place(tensors)
+                self._entries.append((key, place))
+                self.table[row] = place[0]
+                self.paged += paging.ranges(tensors)
+        self._maps = None if kind is Kind.FLOAT32 else _versions(states)
+        self.params: Sequence[Tensor] = ()
+        self._states: Sequence[State] = ()
         self._in_place: Sequence[Tensor] = ()
         self.operands: Sequence[Tensor] = ()
         self.gradients: Sequence[Tensor] = ()
@@ -93,75 +104,95 @@ class Batch:
         self.places: Tensor | None = None
         self.device_memory: Any = None
 
+    @property
+    def states(self) -> Sequence[State]:
+        """The states that this process works on, during a step: of DTensors, those of their local shards."""
+        if not self.sharded:
+            return self._states
+        pairs = zip(self._states, self.params, strict=True)
+        return [sharding.unwrapped(state, p, "a parameter") for state, p in pairs]  # type: ignore[arg-type]
+
     def _local(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [sharding.local(tensor) for tensor in tensors] if self.sharded else tensors
 
-    def refresh(self, shards: Mapping[Tensor, Tensor]) -> None:
-        """Take this step's gradients, and contiguous copies of the tensors that need one.
+    def take(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> None:
+        """Take the tensors of a step, and copies of those that have to be in another order.
 
         Args:
-            shards: This process's shards of the gradients of DTensors.
+            params: The parameters.
+            grads: Their gradients; of DTensors, this process's shards of them.
+            states: Their states.
 
         Raises:
             StaleBatch: If a tensor changed its dtype, shape or place since the batch was made.
         """
-        params = self._local(self.params)
-        grads: Any = [shards[p] if self.sharded else p.grad for p in self.params]
-        if not (self._params_fit(params) and self._states_fit() and self._maps_fit() and self._fit(grads)):
+        operands = self._local(params)
+        if not (self._params_fit(operands) and self._states_fit(states) and self._grads_fit(grads)):
             raise StaleBatch
-        table = self.table
-        self.operands = self._in_place = params
-        if not self._contiguous:
-            self.operands = [p.detach().contiguous() for p in params]
-            table[PARAM] = _addresses(self.operands)
-        plain = all(map(_is_contiguous, grads)) and not any(map(_is_neg, grads))
-        self.gradients = grads if plain else [g.resolve_neg().contiguous() for g in grads]
-        table[GRAD] = _addresses(self.gradients)
-        if not table[[PARAM, GRAD]].all(where=table[SIZE] > 0):
+        self.params, self._states = params, states
+        self.operands = self._in_place = operands
+        if self._staged:
+            self.operands = [p.detach().contiguous() for p in operands]
+            self.table[PARAM] = list(map(_data_ptr, self.operands))
+        self.gradients = self._in_order(grads)
+        addresses = list(map(_data_ptr, self.gradients))
+        # Memory that a program took away: numbers that say so.
+        if any(size and not address for size, address in zip(self._sizes, addresses, strict=True)):
             raise StaleBatch
+        self.table[GRAD] = addresses
 
-    def _params_fit(self, params: Sequence[Tensor]) -> bool:
+    def _params_fit(self, operands: Sequence[Tensor]) -> bool:
+        if self._strides is not None:
+            ordered = list(map(_stride, operands)) == self._strides
+        else:
+            ordered = self._staged or all(map(_is_contiguous, operands))
         return (
-            set(map(_dtype, params)) == {self.dtype}
-            and all(map(eq, map(_shape, params), self._shapes))
-            and all(map(_is_contiguous, params)) is self._contiguous
-            and np.array_equal(_addresses(params), self._addresses)
+            ordered
+            and list(map(_data_ptr, operands)) == self._addresses
+            and list(map(_shape, operands)) == self._shapes
+            and set(map(_dtype, operands)) == {self.dtype}
         )
 
-    def _states_fit(self) -> bool:
+    def _states_fit(self, states: Sequence[State]) -> bool:
         return all(
-            all(map(is_, map(itemgetter(key), self._all_states), owners))
-            and np.array_equal(_addresses(tensors), self.table[row])
-            and list(map(_nbytes, tensors)) == nbytes
-            for row, key, owners, tensors, nbytes in self._state_rows
-        )
+            _place(self._local(list(map(itemgetter(key), states)))) == place for key, place in self._entries
+        ) and (self._maps is None or _versions(states) == self._maps)
 
-    def _maps_fit(self) -> bool:
-        return self.kind is Kind.FLOAT32 or (
-            all(map(is_, map(itemgetter("qmap1"), self._all_states), self._maps))
-            and all(qmap._version == version for qmap, version in self._map_versions.values())
-        )
+    def _grads_fit(self, grads: Sequence[Tensor]) -> bool:
+        return set(map(_dtype, grads)) == {self.dtype} and list(map(_numel, grads)) == self._sizes
 
-    def _fit(self, grads: Sequence[Tensor]) -> bool:
-        return set(map(_dtype, grads)) == {self.dtype} and np.array_equal(_counts(grads), self.table[SIZE])
+    def _in_order(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return gradients whose elements lie in memory as those of the operands do."""
+        if self._strides is not None:
+            if list(map(_stride, grads)) != self._strides or any(map(_is_neg, grads)):
+                return [
+                    torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
+                    for g, strides in zip(grads, self._strides, strict=True)
+                ]
+        elif not all(map(_is_contiguous, grads)) or any(map(_is_neg, grads)):
+            return [g.resolve_neg().contiguous() for g in grads]
+        return grads
 
     def finish(self) -> None:
-        """Write staged parameters back into their own storage and let go of the gradients."""
-        if not self._contiguous:
+        """Write staged parameters back into their own storage and let go of all tensors."""
+        if self._staged:
             for p, operand in zip(self._in_place, self.operands, strict=True):
                 if operand.data_ptr() != p.data_ptr():
                     p.copy_(operand)
         self.release()
 
     def release(self) -> None:
-        """Let go of the gradients and of all copies."""
-        self.operands = self._in_place = self.gradients = ()
+        """Let go of the tensors of a step, and of all copies."""
+        self.params = self._states = self.operands = self._in_place = self.gradients = ()
         self.squared_norms = None
 
 
-def _counts(tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
-    return np.fromiter(map(_numel, tensors), np.int64, len(tensors))
+def _place(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Return where tensors are and what a kernel takes for granted of them; first, their addresses."""
+    return tuple(list(map(read, tensors)) for read in (_data_ptr, _nbytes, _stride)) + (set(map(_dtype, tensors)),)
 
 
-def _addresses(tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
-    return np.fromiter(map(_data_ptr, tensors), np.int64, len(tensors))
+def _versions(states: Sequence[State]) -> tuple[list[int], list[int]]:
+    """Return what tells whether the maps of states were replaced or written to; the kernels have them built in."""
+    maps = list(map(itemgetter("qmap1"), states))
+    return list(map(id, maps)), list(map(_version, maps))

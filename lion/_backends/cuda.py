@@ -44,17 +44,17 @@ class CudaBackend:
                 "The backend 'cuda' serves CPU tensors where NUMBA_ENABLE_CUDASIM=1 is in the environment, "
                 "and CUDA tensors where it is not"
             )
-        self._captured: set[Batch] = set()
+        self._captured: set[_Memory] = set()
 
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         memory = _memory_of(batch, summed=False)
         dtype, scaled_loss = DTYPES[batch.dtype], loss_scale.grad_scale is not None
         with _on(batch.device) as place:
-            if not _is_capturing(batch.device):
-                paging.prefetch(memory.paged)
-            else:
+            if _is_capturing(batch.device):
                 # A replayed graph reads this memory for as long as the process may live.
-                self._captured.add(batch)
+                self._captured.add(memory)
+            elif batch.device.type == "cuda":
+                paging.prefetch(batch.paged, *place)
             if batch.squared_norms is not None:
                 memory.squared_norms.copy_(batch.squared_norms)
             else:
@@ -127,7 +127,6 @@ def _memory_of(batch: Batch, summed: bool) -> _Memory:
         batch.device_memory = _Memory(
             batch.table[SIZE], batch.device, batch.percentile < 100, batch.kind is Kind.TENSORWISE, summed
         )
-        batch.device_memory.paged = paging.paged(batch.states)
     memory: _Memory = batch.device_memory
     return memory
 
@@ -171,7 +170,6 @@ class _Memory:
         self._loss_scale = torch.empty(2, dtype=torch.float32, device=device)
         self._written: tuple[Int64Array, object] | None = None
         self._hosts: list[Tensor] = []
-        self.paged: list[Tensor] = []
         self.update_arguments = self.tables[0].data_ptr(), len(self.works[0])
         self.norm_arguments = self.tables[len(works) - 1].data_ptr(), len(self.works[-1])
         self.clip_arguments = self.tables[-1].data_ptr(), len(sizes)

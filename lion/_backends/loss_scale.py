@@ -38,6 +38,10 @@ class LossScale(NamedTuple):
         with np.errstate(all="ignore"):
             return np.float32(1) / np.float32(self.grad_scale.item())
 
+    def skips_on_host(self) -> bool:
+        """Return whether nothing is to change, as far as that is known without waiting for a device."""
+        return self.found_inf is not None and self.found_inf.device.type == "cpu" and self.skips()
+
     def skips(self) -> bool:
         """Return whether nothing is to change; waits for the device that the answer is on."""
         return self.found_inf is not None and self.found_inf.item() != 0

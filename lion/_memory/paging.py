@@ -7,10 +7,11 @@ short, and the file is gone as soon as nothing maps it, also after a crash. On a
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,20 +51,24 @@ def _base(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
-def moved(tensor: Tensor, paged: bool) -> Tensor:
+def moved(tensor: Tensor, paged: bool, strides: tuple[int, ...]) -> Tensor:
     """Return a copy of a tensor in pageable memory, or in ordinary memory; the tensor itself where it is there.
 
     Args:
-        tensor: A contiguous tensor on a CPU or CUDA device.
+        tensor: A tensor on a CPU or CUDA device.
         paged: Whether the memory is to be pageable.
+        strides: The strides that it is to have, those of a dense tensor.
 
     Raises:
         OSError: If there is no room or no permission for a file.
         RuntimeError: If the platform has no pageable memory.
     """
-    if is_paged(tensor) if paged else _forks_before(tensor) is None:
+    if tensor.stride() == strides and (is_paged(tensor) if paged else _forks_before(tensor) is None):
         return tensor
-    place = empty(tensor.shape, tensor.dtype, tensor.device) if paged else torch.empty_like(tensor)
+    if paged:
+        place = empty(tensor.shape, tensor.dtype, tensor.device, strides)
+    else:
+        place = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
     if tensor.is_cuda:
         return place.copy_(tensor)
     # torch's threads do not survive a fork: in a child, its own copy would wait for ever.
@@ -71,21 +76,29 @@ def moved(tensor: Tensor, paged: bool) -> Tensor:
     return place
 
 
-def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    return tuple(math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape)))
+
+
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, strides: tuple[int, ...] | None = None
+) -> Tensor:
     """Return a tensor in pageable memory; its values are not defined.
 
     Args:
         shape: Its shape.
         dtype: Its dtype.
         device: A CPU or CUDA device.
+        strides: The strides of a dense tensor (default: contiguous).
 
     Raises:
         OSError: If there is no room or no permission for a file.
         RuntimeError: If the platform has no pageable memory.
     """
-    size = dtype.itemsize * shape.numel()
+    size = dtype.itemsize * math.prod(shape)
     flat = _managed(size, device) if device.type == "cuda" else _mapped(size)
-    tensor = flat.view(dtype).view(shape)
+    tensor = flat.view(dtype).as_strided(shape, strides or contiguous_strides(shape))
     _made[_base(tensor)] = _forks
     return tensor
 
@@ -99,17 +112,21 @@ def empty_like(tensor: Tensor, shape: torch.Size) -> Tensor:
     return (empty if is_paged(tensor) else torch.empty)(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def paged(states: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
-    """Return the tensors of some states that lie in pageable memory."""
-    return [tensor for state in states for tensor in state.values() if is_paged(tensor)]
+def ranges(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Return addresses and sizes in bytes of those tensors that lie in pageable memory."""
+    return [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors if is_paged(tensor)]
 
 
-def prefetch(tensors: Iterable[Tensor]) -> None:
-    """Bring paged tensors of the current CUDA device to it, on torch's current stream; nothing for CPU tensors."""
-    for tensor in tensors:
-        if tensor.is_cuda:
-            stream = torch.cuda.current_stream().cuda_stream
-            managed.prefetch(tensor.data_ptr(), tensor.nbytes, tensor.device.index, stream)
+def prefetch(ranges: Iterable[tuple[int, int]], device: int, stream: int) -> None:
+    """Bring managed memory to the current CUDA device.
+
+    Args:
+        ranges: Addresses and sizes in bytes.
+        device: The device's index.
+        stream: Raw handle of a CUDA stream.
+    """
+    for address, size in ranges:
+        managed.prefetch(address, size, device, stream)
 
 
 def _managed(size: int, device: torch.device) -> Tensor:

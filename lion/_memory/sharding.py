@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -29,9 +29,14 @@ _PER_SHARD = ("absmax1", "max1", "new_max1")
 
 def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     """Return whether a tensor is a DTensor."""
+    return is_dtensor_type(type(tensor))
+
+
+def is_dtensor_type(kind: type) -> bool:
+    """Return whether tensors of a type are DTensors."""
     # Where nobody imported the module, there is none, and importing it takes long.
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    return module is not None and issubclass(kind, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -44,13 +49,14 @@ def local(tensor: Tensor) -> Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard
 
 
-def local_gradients(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+def local_gradients(params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
     """Return this process's shards of the gradients of those parameters that are DTensors.
 
     A gradient that is laid out otherwise than its parameter is gathered or summed for it, so every process has to call
     this with the same parameters.
     """
-    if "torch.distributed.tensor" not in sys.modules:
+    kinds = set(map(type, params))
+    if not any(map(is_dtensor_type, kinds)):
         return {}
     return {p: _local_gradient(p) for p in params if is_dtensor(p)}
 
@@ -77,15 +83,11 @@ def wrapped(state: Mapping[str, Tensor], like: DTensor) -> dict[str, Any]:
     mesh, placements, new = like.device_mesh, like.placements, dict[str, Any](state)
     if "state1" in state:
         new["state1"] = _dtensor(state["state1"], mesh, placements, like.shape)
-    grid = [1] * like.ndim
-    for i in mesh_dimensions(like):
-        placement: Any = placements[i]
-        grid[placement.dim] *= mesh.size(i)
     for key in _PER_SHARD:
         if key in state:
-            length = _row_length(key, like)
-            row = _lengthened(state[key], length).view([1] * like.ndim + [length])
-            new[key] = _dtensor(row, mesh, placements, torch.Size([*grid, length]))
+            whole, here = _row_shapes(key, like)
+            row = _lengthened(state[key], here[-1]).view(here)
+            new[key] = _dtensor(row, mesh, placements, torch.Size(whole))
     return new
 
 
@@ -107,14 +109,14 @@ def unwrapped(state: Mapping[str, Any], like: DTensor, name: str) -> dict[str, A
             f"{like.placements} on {like.device_mesh} is needed, which torch.distributed.checkpoint brings it to"
         )
     new["state1"] = local(momentum)
-    needed = wrapped({key: new["state1"].new_empty(0) for key in state if key in _PER_SHARD}, like)
-    for key, row in needed.items():
+    for key in [key for key in _PER_SHARD if key in state]:
         found: Any = state[key]
-        if (found.shape, found.placements, local(found).shape) != (row.shape, row.placements, local(row).shape):
+        whole, here = _row_shapes(key, like)
+        if (tuple(found.shape), found.placements, tuple(local(found).shape)) != (whole, like.placements, here):
             raise ValueError(
                 f"Invalid state of {name}: {key!r} has shape {tuple(found.shape)}, {tuple(local(found).shape)} of it "
-                f"here; {tuple(row.shape)} and {tuple(local(row).shape)} are needed: it was saved in another layout, "
-                "between which 8-bit state moves as float32 (lion.exchange.to_exp_avg)"
+                f"here; {whole} and {here} are needed: it was saved in another layout, between which 8-bit state moves "
+                "as float32 (lion.exchange.to_exp_avg)"
             )
         blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 1
         new[key] = local(found).view(-1)[:blocks]
@@ -144,14 +146,15 @@ def sum_over_shards(values: Tensor, mesh: DeviceMesh, dimensions: Iterable[int])
     return sums.to(values.device)
 
 
-def _row_length(key: str, like: DTensor) -> int:
-    if key != "absmax1":
-        return 1
-    sizes = list(like.shape)
+def _row_shapes(key: str, like: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of what is kept for every block or shard: of all rows, and of this process's row."""
+    grid, sizes = [1] * like.ndim, list(like.shape)
     for i in mesh_dimensions(like):
         placement: Any = like.placements[i]
+        grid[placement.dim] *= like.device_mesh.size(i)
         sizes[placement.dim] = -(-sizes[placement.dim] // like.device_mesh.size(i))
-    return -(-math.prod(sizes) // reference.BLOCK_SIZE)
+    length = -(-math.prod(sizes) // reference.BLOCK_SIZE) if key == "absmax1" else 1
+    return (*grid, length), (*([1] * like.ndim), length)
 
 
 def _lengthened(row: Tensor, length: int) -> Tensor:

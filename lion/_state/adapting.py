@@ -9,7 +9,7 @@ from lion import functional, reference
 from lion._memory import paging, sharding
 from lion._options import Kind
 from lion._state.checks import check, check_sharded
-from lion._state.layout import PAGED_KEYS, Form, State, create, empty_history, kind_in
+from lion._state.layout import PAGED_KEYS, Form, State, create, empty_history, kind_in, momentum_strides
 
 _MOMENTUM_KEYS = {
     Kind.FLOAT32: ("state1",),
@@ -46,8 +46,9 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
         state = {**state, "step": step.to(p.device)}
     check(state, p, name)
     old = kind_in(state)
+    strides = momentum_strides(p, form)
     if old is form.kind and form.clipped == ("gnorm_vec" in state):
-        return placed(state, form.paged)
+        return placed(state, form.paged, strides)
     new = {"step": state["step"]}
     if old is form.kind:
         new.update({key: state[key] for key in _MOMENTUM_KEYS[old]})
@@ -55,11 +56,16 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
         new.update(quantized(momentum(state), form.kind))
     if form.clipped:
         new["gnorm_vec"] = state.get("gnorm_vec", empty_history(p.device))
-    return placed(new, form.paged)
+    return placed(new, form.paged, strides)
 
 
-def placed(state: State, paged: bool) -> State:
+def placed(state: State, paged: bool, strides: tuple[int, ...] | None = None) -> State:
     """Return a state whose large tensors are in pageable memory or are not: the same object where that is so already.
+
+    Args:
+        state: The state.
+        paged: Whether its memory is to be pageable.
+        strides: The strides that the momentum is to have (default: those that it has).
 
     Raises:
         OSError: If there is no room or no permission for paged state.
@@ -69,7 +75,11 @@ def placed(state: State, paged: bool) -> State:
         local_state = sharding.unwrapped(state, momentum, "a parameter")
         new = placed(local_state, paged)
         return state if new is local_state else sharding.wrapped(new, momentum)
-    tensors = {key: paging.moved(state[key], paged) for key in PAGED_KEYS if key in state}
+    tensors = {
+        key: paging.moved(state[key], paged, strides if strides and key == "state1" else state[key].stride())
+        for key in PAGED_KEYS
+        if key in state
+    }
     return {**state, **tensors} if any(tensors[key] is not state[key] for key in tensors) else state
 
 
@@ -92,6 +102,7 @@ def quantized(momentum: Tensor, kind: Kind) -> State:
     """Return the part of a state that keeps float32 momentum in the way of a kind."""
     if kind is Kind.FLOAT32:
         return {"state1": momentum}
+    momentum = momentum.contiguous()
     shared = functional.shared_dynamic_map(momentum.device)
     if kind is Kind.BLOCKWISE:
         codes, quantized = functional.quantize_blockwise(momentum, code=shared, blocksize=reference.BLOCK_SIZE)

@@ -12,7 +12,7 @@ from lion import functional, reference
 from lion._memory import sharding
 from lion._options import Kind
 from lion._parameters import has_memory
-from lion._state.layout import State, absmax_shapes, kind_in
+from lion._state.layout import State, absmax_shapes, is_permuted, kind_in
 
 _ROWS = ("absmax1", "max1", "new_max1")
 _GATHERED = ". It was gathered from shards: 8-bit state has to be converted before that (lion.exchange.to_exp_avg)"
@@ -25,8 +25,10 @@ def check(state: State, p: Tensor, name: str) -> None:
         ValueError: Naming the parameter and the key.
     """
     check_contents(state, p, name)
+    kind = kind_in(state)
     for key, value in state.items():
-        if value.device != p.device or not value.is_contiguous() or value.is_neg():
+        ordered = value.is_contiguous() or (key == "state1" and kind is Kind.FLOAT32 and is_permuted(value))
+        if value.device != p.device or not ordered or value.is_neg():
             raise ValueError(
                 f"Invalid state of {name}: {key!r} must be contiguous and on {p.device}; it is on {value.device}"
             )

@@ -19,7 +19,7 @@ Of a parameter that is a DTensor, ``state1``, ``absmax1``, ``max1`` and ``new_ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -43,11 +43,14 @@ class Form(NamedTuple):
         kind: How the momentum is kept.
         clipped: Whether there is a history for percentile clipping.
         paged: Whether momentum and absmax lie in memory that can be paged out.
+        in_memory_order: Whether the momentum has the strides of a parameter that is dense and not contiguous. Only
+            float32 momentum without clipping has: blocks and norms follow the logical order of the elements.
     """
 
     kind: Kind
     clipped: bool
     paged: bool
+    in_memory_order: bool = False
 
 
 def form_of(p: Tensor, options: Mapping[str, Any]) -> Form:
@@ -61,7 +64,16 @@ def form_of(p: Tensor, options: Mapping[str, Any]) -> Form:
     else:
         kind = Kind.BLOCKWISE if options["block_wise"] else Kind.TENSORWISE
     paged = options["is_paged"] and sharding.local(p).numel() >= MIN_PAGED_SIZE
-    return Form(kind, options["percentile_clipping"] < 100, paged)
+    clipped = options["percentile_clipping"] < 100
+    return Form(kind, clipped, paged, kind is Kind.FLOAT32 and not clipped and is_permuted(p))
+
+
+def is_permuted(p: Tensor) -> bool:
+    """Return whether a tensor fills its memory, as a contiguous one does, in another order of its elements."""
+    if p.is_contiguous() or sharding.is_dtensor(p):
+        return False
+    order = sorted(range(p.ndim), key=p.stride, reverse=True)
+    return p.detach().permute(order).is_contiguous()
 
 
 def kind_in(state: Mapping[str, Any]) -> Kind:
@@ -91,21 +103,34 @@ def create(p: Tensor, form: Form) -> State:
         return sharding.wrapped(create(sharding.local(p), form), p)
     state: State = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     if form.kind is Kind.FLOAT32:
-        state["state1"] = _full(p.shape, 0, torch.float32, p.device, form.paged)
+        state["state1"] = _full(p.shape, 0, torch.float32, p.device, form.paged, momentum_strides(p, form))
     else:
         state["state1"] = _full(p.shape, _zero_code(), torch.uint8, p.device, form.paged)
         state["qmap1"] = functional.shared_dynamic_map(p.device)
         for key, shape in absmax_shapes(form.kind, p.numel()).items():
-            state[key] = _full(torch.Size(shape), 0, torch.float32, p.device, form.paged and key in PAGED_KEYS)
+            state[key] = _full(shape, 0, torch.float32, p.device, form.paged and key in PAGED_KEYS)
     if form.clipped:
         state["gnorm_vec"] = empty_history(p.device)
     return state
 
 
-def _full(shape: torch.Size, value: int, dtype: torch.dtype, device: torch.device, paged: bool) -> Tensor:
+def momentum_strides(p: Tensor, form: Form) -> tuple[int, ...]:
+    """Return the strides of a parameter's momentum."""
+    return p.stride() if form.in_memory_order else paging.contiguous_strides(p.shape)
+
+
+def _full(
+    shape: Sequence[int],
+    value: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    paged: bool,
+    strides: tuple[int, ...] | None = None,
+) -> Tensor:
     if paged:
-        return paging.empty(shape, dtype, device).fill_(value)
-    return torch.full(shape, value, dtype=dtype, device=device)
+        return paging.empty(shape, dtype, device, strides).fill_(value)
+    strides = strides or paging.contiguous_strides(shape)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device).fill_(value)
 
 
 def empty_history(device: torch.device) -> Tensor:

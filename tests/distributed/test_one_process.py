@@ -92,7 +92,7 @@ def test_paged_state_stays_where_it_is(mesh: DeviceMesh) -> None:
     for step in range(2):
         set_gradients(params, step)
         optimizer.param_groups[0]["weight_decay"] = 0.1 * step
-        optimizer._plan = None
+        optimizer._plans = ()
         optimizer.step()
         state = optimizer.state[params[0]]
         assert all(paging.is_paged(sharding.local(state[key])) for key in ("state1", "absmax1"))
@@ -226,7 +226,7 @@ def test_state_that_fits_is_kept(mesh: DeviceMesh) -> None:
     kept = []
     for step in range(2):
         set_gradients(params, step)
-        optimizer._plan = None
+        optimizer._plans = ()
         optimizer.step()
         kept.append([optimizer.state[p] for p in params])
     for before, after in zip(*kept, strict=True):

@@ -170,8 +170,7 @@ def test_parameters_in_the_same_memory_take_turns(make):
     optimizer = make(params, **SMALL)
     set_gradients(params, 0)
     optimizer.step()
-    numbers = {parameter: number for number, parameter in enumerate(params)}
-    together = [[numbers[parameter] for parameter in batch.params] for batch, *_ in optimizer._plan._batches]
+    together = [part.members for part in optimizer._plans[0]._parts]
     assert together == [[0, 2, 3, 4], [1], [5]]
 
 

@@ -181,8 +181,7 @@ def test_paged_state_is_stepped_in_portions(monkeypatch):
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    numbers = {p: number for number, p in enumerate(params)}
-    together = [[numbers[p] for p in batch.params] for batch, *_ in optimizer._plan._batches]
+    together = [part.members for part in optimizer._plans[0]._parts]
     assert together == [[0, 1, 3], [2], [4]]
 
 
