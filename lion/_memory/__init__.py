@@ -1,5 +1,5 @@
-"""Where tensors live: memory that can be paged out, and the shards of tensors that several processes share."""
+"""Where tensors live: their addresses, memory that can be paged out, shards that several processes share."""
 
-from lion._memory import paging, sharding
+from lion._memory import addresses, paging, sharding
 
-__all__ = ["paging", "sharding"]
+__all__ = ["addresses", "paging", "sharding"]
