@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lion._backends import DTYPES
-from lion._memory import sharding
+from lion._memory import addresses, sharding
 
 Group = Mapping[str, Any]
 
@@ -21,7 +21,7 @@ def parameter_name(group: Group, number: int, index: int) -> str:
 
 
 def check_parameter(p: Tensor, name: str) -> None:
-    """Raise unless a parameter's dtype and layout are supported."""
+    """Raise unless a parameter can be updated, as far as that is known before it has a gradient."""
     if p.layout != torch.strided:
         raise TypeError(f"Invalid {name}: layout {p.layout}; dense tensors are supported")
     if sharding.is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
@@ -33,6 +33,8 @@ def check_parameter(p: Tensor, name: str) -> None:
 
 
 def check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
+    """Raise unless a parameter can be updated by its gradient."""
+    check_parameter(p, name)
     if grad.layout != torch.strided:
         raise TypeError(f"Invalid gradient of {name}: layout {grad.layout}; dense tensors are supported")
     if sharding.is_dtensor(grad) != sharding.is_dtensor(p):
@@ -44,16 +46,11 @@ def check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
             f"Invalid gradient of {name}: {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}; "
             f"{p.dtype} of shape {tuple(p.shape)} on {p.device} is needed"
         )
-    memory = sharding.local(p)
+    memory, local_grad = sharding.local(p), sharding.local(grad)
     if any(stride == 0 and size > 1 for stride, size in zip(memory.stride(), memory.shape, strict=True)):
         raise ValueError(f"Invalid {name}: its elements share memory (strides {p.stride()})")
-    for what, tensor in ((name, memory), (f"gradient of {name}", sharding.local(grad))):
-        if not has_memory(tensor):
-            raise ValueError(f"Invalid {what}: it reaches beyond the end of its memory")
-
-
-def has_memory(tensor: Tensor) -> bool:
-    """Return whether a dense tensor lies within its storage, which may have been made smaller."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + last + 1) * tensor.itemsize
-    return tensor.numel() == 0 or end <= tensor.untyped_storage().nbytes()
+    # A copy of a gradient has no negative bit.
+    plain_grad = local_grad._neg_view() if local_grad.is_neg() else local_grad
+    for what, tensor in ((name, memory), (f"gradient of {name}", plain_grad)):
+        if reason := addresses.unaddressable(tensor):
+            raise ValueError(f"Invalid {what}: {reason}")

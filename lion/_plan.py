@@ -14,7 +14,7 @@ from lion import reference
 from lion._backends import Batch, LossScale, StepCoefficients, for_device
 from lion._memory import sharding
 from lion._options import HYPERPARAMETERS, check_group, check_value
-from lion._parameters import Group, check_gradient, check_parameter, parameter_name
+from lion._parameters import Group, check_gradient, parameter_name
 from lion._state import Form, State, adapted, form_of
 
 if TYPE_CHECKING:
@@ -198,7 +198,6 @@ def _member(
 ) -> _Member:
     """Return a parameter that has a gradient, or raise if it cannot be updated."""
     p, name, percentile = group["params"][index], parameter_name(group, number, index), options["percentile_clipping"]
-    check_parameter(p, name)
     check_gradient(p, p.grad, name)
     for_device(p.device)
     _coefficients(group, override, p.device)

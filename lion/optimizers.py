@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lion._backends import LossScale, StaleBatch, for_device
+from lion._backends import LossScale, for_device
 from lion._memory import paging, sharding
 from lion._options import STATE_OPTIONS, check_group, shown
 from lion._parameters import check_parameter, parameter_name
@@ -109,7 +109,9 @@ class Lion(Optimizer):
             group = self.param_groups[-1]
             group.update(check_group(group))
             for index, p in enumerate(group["params"]):
-                check_parameter(p, parameter_name(group, len(self.param_groups) - 1, index))
+                # What never gets a gradient may be anything.
+                if p.requires_grad:
+                    check_parameter(p, parameter_name(group, len(self.param_groups) - 1, index))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -257,10 +259,7 @@ class Lion(Optimizer):
             except Exception:
                 self._plans = tuple(kept for kept in self._plans if kept is not plan)
         plan = Plan(groups, self.state, manager.lookup(), signature)
-        try:
-            prepared = plan.prepared(groups, params, self.state, shards)
-        except StaleBatch:
-            raise TypeError("Invalid gradient or parameter: its memory cannot be addressed") from None
+        prepared = plan.prepared(groups, params, self.state, shards)
         self._keep(plan)
         return plan, prepared
 

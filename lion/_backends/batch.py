@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -89,11 +89,11 @@ class Batch:
         self.paged: list[tuple[int, int]] = []
         for key, row in _ROWS.items():
             if key in states[0]:
-                tensors = self._local([state[key] for state in states])
-                place = _place(tensors)
+                tensors = [state[key] for state in states]
+                place = self._place(tensors)
                 self._entries.append((key, place))
                 self.table[row] = place[0]
-                self.paged += paging.ranges(tensors)
+                self.paged += paging.ranges(self._local(tensors))
         self._maps = None if kind is Kind.FLOAT32 else _versions(states)
         self.params: Sequence[Tensor] = ()
         self._states: Sequence[State] = ()
@@ -154,9 +154,14 @@ class Batch:
         )
 
     def _states_fit(self, states: Sequence[State]) -> bool:
-        return all(
-            _place(self._local(list(map(itemgetter(key), states)))) == place for key, place in self._entries
-        ) and (self._maps is None or _versions(states) == self._maps)
+        return all(self._place(list(map(itemgetter(key), states))) == place for key, place in self._entries) and (
+            self._maps is None or _versions(states) == self._maps
+        )
+
+    def _place(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[int], set[torch.dtype], list[int]]:
+        """Return where tensors of states are and what a kernel takes for granted of them."""
+        local = self._local(tensors)
+        return list(map(_data_ptr, local)), list(map(_nbytes, local)), set(map(_dtype, local)), list(map(id, tensors))
 
     def _grads_fit(self, grads: Sequence[Tensor]) -> bool:
         return set(map(_dtype, grads)) == {self.dtype} and list(map(_numel, grads)) == self._sizes
@@ -185,11 +190,6 @@ class Batch:
         """Let go of the tensors of a step, and of all copies."""
         self.params = self._states = self.operands = self._in_place = self.gradients = ()
         self.squared_norms = None
-
-
-def _place(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Return where tensors are and what a kernel takes for granted of them; first, their addresses."""
-    return tuple(list(map(read, tensors)) for read in (_data_ptr, _nbytes, _stride)) + (set(map(_dtype, tensors)),)
 
 
 def _versions(states: Sequence[State]) -> tuple[list[int], list[int]]:

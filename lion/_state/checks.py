@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lion import functional, reference
-from lion._memory import sharding
+from lion._memory import addresses, sharding
 from lion._options import Kind
-from lion._parameters import has_memory
 from lion._state.layout import State, absmax_shapes, is_permuted, kind_in
 
 _ROWS = ("absmax1", "max1", "new_max1")
@@ -54,8 +53,8 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
                 f"Invalid state of {name}: {key!r} is a DTensor, unlike the parameter; "
                 "get_optimizer_state_dict with full_state_dict=True gathers 32-bit state"
             )
-        if not has_memory(value):
-            raise ValueError(f"Invalid state of {name}: {key!r} reaches beyond the end of its memory")
+        if reason := addresses.unaddressable(value):
+            raise ValueError(f"Invalid state of {name}: {key!r}: {reason}")
     if "state1" not in state:
         raise ValueError(f"Invalid state of {name}: the key 'state1' is missing")
     if state["state1"].dtype not in (torch.float32, torch.uint8):

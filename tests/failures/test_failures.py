@@ -169,7 +169,7 @@ def second_call(function: Callable[..., object]) -> Callable[..., object]:
 def test_no_memory_for_new_state(make, monkeypatch):
     optimizer, _, copies = trained(make, steps=0)
     before = snapshot(optimizer)
-    for owner, name in ((torch, "full"), (adapting, "create")):
+    for owner, name in ((torch, "empty_strided"), (adapting, "create")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, second_call(getattr(owner, name)))
             with pytest.raises(MemoryError):
