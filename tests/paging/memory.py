@@ -46,14 +46,14 @@ def measure(name: str, numel: int) -> dict[str, int | bool]:
         "anonymous": after["anonymous"] - before["anonymous"],
         "file": after["file"] - before["file"],
     }
-    sums = [int(t.view(torch.uint8).sum()) for t in paging.paged([state])]
+    sums = [int(t.view(torch.uint8).sum()) for t in filter(paging.is_paged, state.values())]
     libc = ctypes.CDLL(None, use_errno=True)
     os.sync()
     after = resident()
-    for tensor in paging.paged([state]):
+    for tensor in filter(paging.is_paged, state.values()):
         libc.madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), MADV_PAGEOUT)
     result["file_after_paging_out"] = resident()["file"] - before["file"]
-    result["contents_kept"] = sums == [int(t.view(torch.uint8).sum()) for t in paging.paged([state])]
+    result["contents_kept"] = sums == [int(t.view(torch.uint8).sum()) for t in filter(paging.is_paged, state.values())]
     return result
 
 
