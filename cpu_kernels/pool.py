@@ -26,7 +26,7 @@ NEXT, ACTIVE, CONTROL_SIZE = 8, 16, 24
 CLOSED = 1 << 62
 
 
-def run(function: Any, threads: int, elements: int, *args: Any) -> None:
+def run(function: Any, threads: int, elements: int | np.integer[Any], *args: Any) -> None:
     """Run a kernel on several threads and return when all of them have left it.
 
     Args:

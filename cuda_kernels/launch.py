@@ -27,6 +27,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lion.cuda_kernels.table import WARPS
 
 SIMULATED_BLOCKS = 2
@@ -46,6 +48,14 @@ def require() -> None:
 
     if config.ENABLE_CUDASIM:
         return
+    try:
+        # The compiler imports it at the first kernel, and all that it asks of NumPy with it.
+        importlib.import_module("numba.cuda.np.arrayobj")
+    except (AttributeError, ImportError) as error:
+        raise RuntimeError(
+            f"numba-cuda {importlib.metadata.version('numba-cuda')} cannot be imported with NumPy {np.__version__} "
+            f'({error}): pip install "numpy<2.5"'
+        ) from error
     try:
         from numba.cuda.cudadrv.nvvm import NVVM
 
@@ -121,8 +131,6 @@ def _launch(
     dispatcher, resident = _compiled(name, dtype, scaled_loss, device)
     grid = max(1, min(blocks, resident))
     if simulated():
-        import numpy as np
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             dispatcher[grid, 32](*(np.int64(argument) for argument in arguments))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from lion import functional
 from lion.__main__ import main
+from lion._backends import selection
 from lion._cli import check
 from lion.cuda_kernels import launch
 
@@ -58,23 +61,42 @@ def test_compare_sees_bits(wrong: float) -> None:
         check._compare("x", actual, expected)
 
 
-def test_gpu_without_numba_cuda(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def use_cuda() -> AbstractContextManager[None]:
+        selection._make.cache_clear()
+        return selection.use_backend("cuda")
+
+    gpu = check.Target("gpu", torch.device("cpu"), SMALL, use_cuda)
+    monkeypatch.setattr(check, "_targets", lambda simulator: [gpu])
+
+
+def test_gpu_without_numba_cuda(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, gpu_only: None
+) -> None:
     def missing() -> None:
         raise RuntimeError("CUDA tensors need numba-cuda, which is not installed")
 
     monkeypatch.setattr(launch, "require", missing)
-    monkeypatch.setattr(
-        check, "_targets", lambda simulator: [check.Target("gpu", torch.device("cpu"), SMALL, lambda: use_cuda())]
-    )
-
-    def use_cuda() -> object:
-        from lion._backends import selection
-
-        selection._make.cache_clear()
-        return selection.use_backend("cuda")
-
     assert main(["check"]) == 1
     assert "CUDA tensors need numba-cuda, which is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(launch.simulated(), reason="the simulator needs nothing of what is missing")
+@pytest.mark.parametrize("error", [AttributeError("module 'numpy' has no attribute 'row_stack'"), ImportError("no")])
+def test_gpu_with_a_numpy_too_new_for_numba_cuda(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, gpu_only: None, error: Exception
+) -> None:
+    pytest.importorskip("numba_cuda")
+
+    def fail(name: str) -> None:
+        raise error
+
+    launch.require.cache_clear()
+    monkeypatch.setattr(importlib, "import_module", fail)
+    monkeypatch.setattr(np, "__version__", "2.5.5")
+    assert main(["check"]) == 1
+    assert f'cannot be imported with NumPy 2.5.5 ({error}): pip install "numpy<2.5"' in capsys.readouterr().err
 
 
 def test_simulator_starts_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ import pytest
 from lion.__main__ import COMMANDS, main
 from lion._backends import selection
 from lion.cuda_kernels import launch
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -55,6 +61,22 @@ def test_backends(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     assert report["backends"]["cpu"] == {"name": "lion.reference", "problem": None}
     monkeypatch.setenv("LION_BACKEND", "gpu")
     assert found(capsys)["backends"]["cpu"]["problem"].startswith("Invalid backend: 'gpu'")
+
+
+def test_numpy_too_new_for_numba_cuda() -> None:
+    pytest.importorskip("numba_cuda")
+    # NumPy 2.5 has no row_stack any more.
+    program = "import numpy, runpy; vars(numpy).pop('row_stack', None); runpy.run_module('lion', run_name='__main__')"
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
+    command = [sys.executable, "-c", program, "--json"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    cuda = json.loads(result.stdout)["backends"]["cuda"]
+    assert cuda["name"] is None
+    assert re.fullmatch(
+        r"numba-cuda [\d.]+ cannot be imported with NumPy [\d.]+ "
+        r"\(module 'numpy' has no attribute 'row_stack'\): pip install \"numpy<2\.5\"",
+        cuda["problem"],
+    )
 
 
 def test_caches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
