@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lion import reference
-from lion.cpu_kernels import avx512, clipping, device, lion, pool, quantization
+from lion.cpu_kernels import clipping, device, lion, pool, portable, quantization
 from tests.comparing import Array
 from tests.strategies import FLOAT_DTYPES
 
