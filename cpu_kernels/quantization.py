@@ -136,11 +136,11 @@ def quantize_blockwise(
     Raises:
         ValueError: If the map, the block size or the number of threads is invalid.
     """
-    thresholds = quantize_thresholds(qmap)
     sizes, shape = np.array([size], np.int64), (block_size, _chunk_size(block_size))
     if _is_dynamic(qmap):
         run(_quantize_dynamic_kernel(dtype), threads, size, values, codes, absmax, sizes, *shape)
     else:
+        thresholds = quantize_thresholds(qmap)
         run(_quantize_kernel(dtype), threads, size, values, codes, absmax, sizes, thresholds, *shape)
 
 
@@ -169,17 +169,19 @@ def dequantize_blockwise(
     Raises:
         ValueError: If the map, the block size or the number of threads is invalid.
     """
-    quantize_thresholds(qmap)  # refuses what is no map
     sizes, shape = np.array([size], np.int64), (block_size, _chunk_size(block_size))
     if _is_dynamic(qmap):
         run(_dequantize_dynamic_kernel(dtype), threads, size, codes, absmax, values, sizes, *shape)
     else:
+        quantize_thresholds(qmap)  # refuses what is no map
         qmap = qmap.copy()  # contiguous and writable, as the kernel's signature says
         run(_dequantize_kernel(dtype), threads, size, codes, absmax, values, sizes, qmap, *shape)
 
 
 def _is_dynamic(qmap: npt.NDArray[np.float32]) -> bool:
-    return qmap.tobytes() == portable.QMAP.tobytes()  # -0 is another value than 0
+    own = portable.QMAP
+    # Compared as bytes: -0 is another entry than 0.
+    return qmap.dtype == own.dtype and qmap.shape == own.shape and qmap.tobytes() == own.tobytes()
 
 
 def _chunk_size(block_size: int) -> int:
