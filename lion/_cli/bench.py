@@ -224,7 +224,7 @@ def _as_dict(row: Row) -> dict[str, Any]:
 def _print_table(title: str, rows: list[Row]) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("Optimizer", no_wrap=True)
-    for heading in ("ns/param", "quartiles", "cold", "of\nbound", "×\nours", "state\nB/param", "extra\nB/param"):
+    for heading in ("ns per\nparam", "quartiles", "cold", "of\nbound", "×\nours", "state\nB", "extra\nB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         median, low, high = row.ns_per_parameter
