@@ -6,28 +6,22 @@ permutations of 128 entries each, and the planes are put together again.
 
 from __future__ import annotations
 
-import llvmlite.binding
-import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lion.cpu_kernels.device import FLOAT, I8, I16, I32, I64
+from lion.cpu_kernels.device import FEATURES, FLOAT, I1, I8, I16, I32
+from lion.cpu_kernels.vectors import at, call, constant, shuffle, splat, spread
 from lion.reference import create_dynamic_map, quantize_thresholds
 
 BYTES, WORDS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 INTEGERS, FLOATS16 = ir.VectorType(I32, 16), ir.VectorType(FLOAT, 16)
 GROUP = 64
 
-# With a processor named by the user, code is generated for that one.
-AVAILABLE = (
-    all(llvmlite.binding.get_host_cpu_features().get(f"avx512{name}", False) for name in ("f", "bw", "vbmi"))
-    and numba.config.CPU_NAME is None
-    and numba.config.CPU_FEATURES is None
-)
+NAME = "AVX-512 VBMI"
+AVAILABLE = {"avx512f", "avx512bw", "avx512vbmi"} <= FEATURES
 
 _QMAP = create_dynamic_map()
 ZERO_CODE = 127
@@ -71,28 +65,15 @@ def _buckets() -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16], npt.NDAr
     return addends, shifts, np.array(codes + [0] * (256 - len(codes)), np.uint8)
 
 
-def _vector(item: ir.Type, values: npt.NDArray[np.generic]) -> ir.Constant:
-    return ir.Constant(ir.VectorType(item, len(values)), values.tolist())
-
-
-def _splat(vector: ir.VectorType, value: float) -> ir.Constant:
-    return ir.Constant(vector, [value] * vector.count)
-
-
 def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> ir.Value:
-    signature = ir.FunctionType(args[0].type, [arg.type for arg in args])
-    return builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.x86.avx512.{name}"), args)
-
-
-def _shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, order: list[int]) -> ir.Value:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(order)), order))
+    return call(builder, f"x86.avx512.{name}", args[0].type, *args)
 
 
 def _concatenate(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     """Return two or four vectors as one."""
     while len(vectors) > 1:
         order = list(range(2 * vectors[0].type.count))
-        vectors = [_shuffle(builder, a, b, order) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        vectors = [shuffle(builder, a, b, order) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
     return vectors[0]
 
 
@@ -102,19 +83,19 @@ def _unpack(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, upper: bool) -> ir.
     lane = count // 4
     begin = lane // 2 if upper else 0
     order = [i for first in range(0, count, lane) for i in range(first + begin, first + begin + lane // 2)]
-    return _shuffle(builder, a, b, [j for i in order for j in (i, i + count)])
+    return shuffle(builder, a, b, [j for i in order for j in (i, i + count)])
 
 
 def _permute(builder: ir.IRBuilder, table: npt.NDArray[np.uint8], codes: ir.Value) -> ir.Value:
     """Return the bytes of a table of 128 entries, by the lower 7 bits of the codes."""
-    return _call(builder, "vpermi2var.qi.512", _vector(I8, table[:64]), codes, _vector(I8, table[64:]))
+    return _call(builder, "vpermi2var.qi.512", constant(I8, table[:64]), codes, constant(I8, table[64:]))
 
 
 def _lookup_bytes(builder: ir.IRBuilder, table: npt.NDArray[np.uint8], codes: ir.Value) -> ir.Value:
     """Return the bytes of a table of 128 or 256 entries."""
     if len(table) == 128:
         return _permute(builder, table, codes)
-    upper_half = builder.icmp_signed("<", codes, _splat(BYTES, 0))
+    upper_half = builder.icmp_signed("<", codes, splat(BYTES, 0))
     return builder.select(upper_half, _permute(builder, table[128:], codes), _permute(builder, table[:128], codes))
 
 
@@ -122,7 +103,7 @@ def _lookup(builder: ir.IRBuilder, table: npt.NDArray[np.generic], codes: ir.Val
     """Return the four-byte entries of 64 codes, in four vectors of 16 integers."""
     # Putting the planes together works within lanes; this order of the codes makes up for that.
     quads = builder.bitcast(codes, INTEGERS)
-    quads = _shuffle(builder, quads, quads, [4 * i + j for j in range(4) for i in range(4)])
+    quads = shuffle(builder, quads, quads, [4 * i + j for j in range(4) for i in range(4)])
     codes = builder.bitcast(quads, BYTES)
     planes = [_lookup_bytes(builder, plane, codes) for plane in table.view(np.uint8).reshape(-1, 4).T]
     vectors = []
@@ -132,18 +113,14 @@ def _lookup(builder: ir.IRBuilder, table: npt.NDArray[np.generic], codes: ir.Val
     return vectors
 
 
-def _at(builder: ir.IRBuilder, address: ir.Value, offset: int, vector: ir.VectorType) -> ir.Value:
-    return builder.inttoptr(builder.add(address, I64(offset)), vector.as_pointer())
-
-
 @intrinsic
 def dequantize_group(typingctx, codes, values):  # type: ignore[no-untyped-def]
     """dequantize_group(codes, values): write the dynamic map's float32 values of 64 codes; takes addresses."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        vectors = _lookup(builder, _QMAP, builder.load(_at(builder, args[0], 0, BYTES), align=1))
+        vectors = _lookup(builder, _QMAP, builder.load(at(builder, args[0], 0, BYTES), align=1))
         for i, vector in enumerate(vectors):
-            builder.store(vector, _at(builder, args[1], 64 * i, INTEGERS), align=4)
+            builder.store(vector, at(builder, args[1], 64 * i, INTEGERS), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
@@ -155,16 +132,16 @@ def _bucket_codes(builder: ir.IRBuilder, bits: list[ir.Value]) -> tuple[ir.Value
     buckets, negative = [], []
     for i in (0, 2):
         low, high = (builder.bitcast(b, WORDS) for b in bits[i : i + 2])
-        upper = _call(builder, "vpermi2var.hi.512", low, _vector(I16, np.arange(1, 64, 2)), high)
-        negative.append(builder.icmp_signed("<", upper, _splat(WORDS, 0)))
-        upper = builder.shl(upper, _splat(WORDS, 1))
-        begin = _splat(WORDS, _FIRST_EXPONENT << 8)
+        upper = _call(builder, "vpermi2var.hi.512", low, constant(I16, np.arange(1, 64, 2)), high)
+        negative.append(builder.icmp_signed("<", upper, splat(WORDS, 0)))
+        upper = builder.shl(upper, splat(WORDS, 1))
+        begin = splat(WORDS, _FIRST_EXPONENT << 8)
         upper = builder.sub(builder.select(builder.icmp_unsigned(">", upper, begin), upper, begin), begin)
-        octave = builder.lshr(upper, _splat(WORDS, 8))
-        addend, shift = (_call(builder, "permvar.hi.512", _vector(I16, table), octave) for table in (addends, shifts))
+        octave = builder.lshr(upper, splat(WORDS, 8))
+        addend, shift = (_call(builder, "permvar.hi.512", constant(I16, table), octave) for table in (addends, shifts))
         buckets.append(_call(builder, "psrlv.w.512", builder.add(upper, addend), shift))
     low, high = (builder.bitcast(bucket, BYTES) for bucket in buckets)
-    bucket = _call(builder, "vpermi2var.qi.512", low, _vector(I8, np.arange(0, 128, 2)), high)
+    bucket = _call(builder, "vpermi2var.qi.512", low, constant(I8, np.arange(0, 128, 2)), high)
     return _lookup_bytes(builder, codes, bucket), _concatenate(builder, negative)
 
 
@@ -173,23 +150,23 @@ def quantize_group(typingctx, values, reciprocal, codes):  # type: ignore[no-unt
     """quantize_group(values, reciprocal, codes): write the dynamic map's codes of 64 float32; takes addresses.
 
     A value's bucket gives a code, either right or one too low. One comparison with the next threshold tells which.
+    Return True: all codes are right.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        first = builder.insert_element(ir.Constant(FLOATS16, ir.Undefined), args[1], I32(0))
-        factor = _shuffle(builder, first, first, [0] * 16)
-        values = [builder.load(_at(builder, args[0], 64 * i, FLOATS16), align=4) for i in range(4)]
+        factor = spread(builder, FLOATS16, args[1])
+        values = [builder.load(at(builder, args[0], 64 * i, FLOATS16), align=4) for i in range(4)]
         bits = [builder.bitcast(builder.fmul(value, factor), INTEGERS) for value in values]
         codes, negative = _bucket_codes(builder, bits)
         thresholds = _lookup(builder, np.roll(_threshold_keys(), ZERO_CODE), codes)
-        keys = [builder.or_(builder.shl(b, _splat(INTEGERS, 1)), builder.lshr(b, _splat(INTEGERS, 31))) for b in bits]
+        keys = [builder.or_(builder.shl(b, splat(INTEGERS, 1)), builder.lshr(b, splat(INTEGERS, 31))) for b in bits]
         beyond = [builder.icmp_unsigned(">=", key, t) for key, t in zip(keys, thresholds, strict=True)]
         codes = builder.sub(codes, builder.sext(_concatenate(builder, beyond), BYTES))
         # Codes of negative values are mirrored at that of 0; the map has no -1.
-        last = _splat(BYTES, 2 * ZERO_CODE)
+        last = splat(BYTES, 2 * ZERO_CODE)
         in_map = builder.select(builder.icmp_unsigned(">", codes, last), last, codes)
         codes = builder.select(negative, builder.sub(last, in_map), codes)
-        builder.store(codes, _at(builder, args[2], 0, BYTES), align=1)
-        return context.get_dummy_value()
+        builder.store(codes, at(builder, args[2], 0, BYTES), align=1)
+        return I1(1)
 
-    return types.void(types.int64, types.float32, types.int64), codegen
+    return types.boolean(types.int64, types.float32, types.int64), codegen

@@ -19,9 +19,10 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 TABLE, FLOATS, INTEGER, FLOAT32 = types.int64[::1], types.float32[::1], types.int64, types.float32
 MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -29,6 +30,9 @@ FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, "uint32": I32, "uint8": I8}
 MACHINE = platform.machine().lower()
 X86, ARM = MACHINE in ("x86_64", "amd64"), MACHINE in ("aarch64", "arm64")
+# What the processor has that Numba generates code for: this one, or the one that the user named.
+_NAMED_FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
+FEATURES = frozenset(feature[1:] for feature in _NAMED_FEATURES.split(",") if feature.startswith("+"))
 # Round to nearest even, keep denormals, raise nothing: the reset value of MXCSR or FPCR.
 DEFAULT_FLOAT_MODE = 0x1F80 if X86 else 0
 

@@ -1,6 +1,7 @@
 """Time optimizer steps against other implementations and against what the memory could do.
 
-Our optimizers, those other implementations of Lion that are installed, and torch's fused AdamW take steps in turns.
+Our optimizers, those other implementations of Lion that are installed, and torch's fused AdamW take steps in turns,
+and again each after other work has used the caches, as backward passes do in training.
 The bound is a loop, on a GPU a copy, that moves the bytes of a Lion step and does nothing else.
 """
 
@@ -28,6 +29,7 @@ from lion._cli import (
     progress_bars,
 )
 from lion._cli.measure import WORKLOADS, Summary
+from lion.cpu_kernels.quantization import LOOKUPS
 
 EXAMPLES = """\
 python -m lion bench
@@ -81,7 +83,8 @@ class Row(NamedTuple):
 
     Attributes:
         name: Name of the contestant.
-        ns_per_parameter: Median and quartiles.
+        ns_per_parameter: Median and quartiles, in turns: the others have left the same parameters in the caches.
+        cold_ns_per_parameter: The same after other work has used the caches.
         share_of_bound: Time of the bound over that of the contestant; of ours only, for others move other bytes.
         times_ours: Its time over that of ours; None for ours.
         state_bytes_per_parameter: Optimizer state.
@@ -90,6 +93,7 @@ class Row(NamedTuple):
 
     name: str
     ns_per_parameter: Summary
+    cold_ns_per_parameter: Summary
     share_of_bound: float | None
     times_ours: float | None
     state_bytes_per_parameter: float
@@ -132,7 +136,9 @@ def run(options: argparse.Namespace) -> int:
                 progress.remove_task(bar)
 
     threads = torch.get_num_threads()
-    where = f"{threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else device_name(device)
+    where = f"{threads} thread{'s' * (threads > 1)}, 8-bit states by {LOOKUPS}"
+    if device.type != "cpu":
+        where = device_name(device)
     if options.json:
         report = [{"workload": w, "dtype": d, "rows": [_as_dict(row) for row in rows]} for w, d, rows in results]
         print_json({"device": str(device), "where": where, "results": report})
@@ -177,10 +183,18 @@ def measured(
         steps[bounds[name]] = measure.bound(params, itemsize)
         steps[bounds[name]]()
     timers = {name: measure.timer(step, device) for name, step in steps.items()}
-    progress.update(bar, total=rounds * len(timers))
+    other_work = measure.other_work(device)
+    cold_timers = {_cold(name): measure.timer(steps[name], device, before=other_work) for name in states}
+    progress.update(bar, total=rounds * (len(timers) + len(cold_timers)))
+    # One after the other, for what is cold would leave cold caches to what comes next.
     times = measure.in_turns(timers, rounds, lambda: progress.advance(bar))
+    times |= measure.in_turns(cold_timers, rounds, lambda: progress.advance(bar))
 
     summaries = {name: measure.summary(seconds) for name, seconds in times.items()}
+
+    def per_parameter(timed: str) -> Summary:
+        return Summary(*(1e9 * seconds / elements for seconds in summaries[timed]))
+
     rows = []
     for contestant in (c for c in CONTESTANTS if c.name in states):
         name, ours, more = contestant.name, contestant.ours, extra[contestant.name]
@@ -188,7 +202,8 @@ def measured(
         rows.append(
             Row(
                 name,
-                Summary(*(1e9 * seconds / elements for seconds in summaries[name])),
+                per_parameter(name),
+                per_parameter(_cold(name)),
                 summaries[bounds[name]].median / median if name == ours else None,
                 median / summaries[ours].median if name != ours else None,
                 states[name],
@@ -198,14 +213,18 @@ def measured(
     return rows
 
 
+def _cold(name: str) -> str:
+    return f"{name} after other work"
+
+
 def _as_dict(row: Row) -> dict[str, Any]:
-    return {**row._asdict(), "ns_per_parameter": row.ns_per_parameter._asdict()}
+    return {name: value._asdict() if isinstance(value, Summary) else value for name, value in row._asdict().items()}
 
 
 def _print_table(title: str, rows: list[Row]) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("Optimizer", no_wrap=True)
-    for heading in ("ns/param", "quartiles", "of\nbound", "×\nours", "state\nB/param", "extra\nB/param"):
+    for heading in ("ns per\nparam", "quartiles", "cold", "of\nbound", "×\nours", "state\nB", "extra\nB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         median, low, high = row.ns_per_parameter
@@ -213,6 +232,7 @@ def _print_table(title: str, rows: list[Row]) -> None:
             row.name,
             f"{median:.3f}",
             f"{low:.3f}–{high:.3f}",
+            f"{row.cold_ns_per_parameter.median:.3f}",
             "" if row.share_of_bound is None else f"{row.share_of_bound:.0%}",
             "" if row.times_ours is None else f"{row.times_ours:.1f}",
             f"{row.state_bytes_per_parameter:.3f}",

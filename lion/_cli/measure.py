@@ -21,6 +21,7 @@ Step = Callable[[], object]
 Timer = Callable[[], float]
 
 STREAM_CHUNK, STREAM_TILE = 16384, 4096
+OTHER_BYTES = 1 << 28
 CLEAR_PEAK = "5"
 # Clock cycles of a GPU, about 3 ms: a step whose host work takes longer shows it.
 HEAD_START = 5_000_000
@@ -140,11 +141,23 @@ def _stream_kernel() -> Any:
     return stream
 
 
-def timer(step: Step, device: torch.device) -> Timer:
-    """Return a function that takes a step and returns its seconds, by CUDA events on a GPU."""
+def other_work(device: torch.device) -> Step:
+    """Return a step that changes more memory than caches hold, in as many threads as torch uses."""
+    return functools.partial(torch.zeros(OTHER_BYTES, dtype=torch.uint8, device=device).add_, 1)
+
+
+def timer(step: Step, device: torch.device, before: Step = lambda: None) -> Timer:
+    """Return a function that takes a step and returns its seconds, by CUDA events on a GPU.
+
+    Args:
+        step: The step.
+        device: Where it works.
+        before: What is done first and not timed (default: nothing).
+    """
     if device.type == "cuda":
 
         def timed_by_events() -> float:
+            before()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             stream = torch.cuda.current_stream(device)
             # In training the host runs ahead of the GPU; without a head start its launches would be timed.
@@ -158,6 +171,7 @@ def timer(step: Step, device: torch.device) -> Timer:
         return timed_by_events
 
     def timed() -> float:
+        before()
         begin = time.perf_counter()
         step()
         return time.perf_counter() - begin

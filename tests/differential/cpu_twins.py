@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lion import reference
-from lion.cpu_kernels import avx512, clipping, device, lion, pool, quantization
+from lion.cpu_kernels import clipping, device, lion, pool, portable, quantization
 from tests.comparing import Array
 from tests.strategies import FLOAT_DTYPES
 
@@ -80,21 +80,23 @@ def set_float_mode(mode: int) -> int:
 
 
 def dequantize_group(codes: int, values: int) -> None:
-    _at("float32", values, 0, avx512.GROUP)[:] = _QMAP[_at("uint8", codes, 0, avx512.GROUP)]
+    _at("float32", values, 0, quantization.GROUP)[:] = _QMAP[_at("uint8", codes, 0, quantization.GROUP)]
 
 
-def quantize_group(values: int, reciprocal: np.float32, codes: int) -> None:
-    quotients = _at("float32", values, 0, avx512.GROUP) * reciprocal
-    _at("uint8", codes, 0, avx512.GROUP)[:] = np.searchsorted(_THRESHOLDS, quotients, side="left")
+def quantize_group(values: int, reciprocal: np.float32, codes: int) -> bool:
+    quotients = _at("float32", values, 0, quantization.GROUP) * reciprocal
+    next_to_thresholds = np.isin(quotients, _THRESHOLDS)
+    # What is not sure may be one too high.
+    nearest = np.searchsorted(_THRESHOLDS, quotients, side="left")
+    _at("uint8", codes, 0, quantization.GROUP)[:] = nearest + next_to_thresholds
+    return not next_to_thresholds.any()
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the twins in the place of the intrinsics."""
     _stacks.clear()
-    monkeypatch.setattr(avx512, "dequantize_group", dequantize_group)
-    monkeypatch.setattr(avx512, "quantize_group", quantize_group)
     twins = (load, store, stack, float_to_bits, bits_to_float, atomic_add, atomic_max_bits, pause, set_float_mode)
-    for module in (clipping, lion, pool, quantization):
-        for twin in twins:
+    for module in (clipping, lion, pool, portable, quantization):
+        for twin in (*twins, dequantize_group, quantize_group):
             if hasattr(module, twin.__name__):
                 monkeypatch.setattr(module, twin.__name__, twin)

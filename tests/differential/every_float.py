@@ -16,6 +16,35 @@ ONE, INFINITY, SIGN = 0x3F800000, 0x7F800000, 0x80000000
 BLOCKS = -(-((1 << 23) + 1) // 255)
 
 
+def around(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return float32 values and their neighbours within two."""
+    order = values.view(np.int32)
+    order = (order ^ ((order >> 31) & 0x7FFFFFFF))[:, None] + np.arange(-2, 3)
+    order = order.reshape(-1).astype(np.int32)
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32)
+
+
+def nearest_codes(quotients: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Return the codes of quotients that ascend or descend.
+
+    The places of the thresholds say it faster than a search for each quotient.
+    """
+    if quotients[0] > quotients[-1]:
+        return nearest_codes(quotients[::-1])[::-1]
+    begins = np.searchsorted(quotients, THRESHOLDS, side="right")
+    return np.repeat(np.arange(256, dtype=np.uint8), np.diff(begins, prepend=0, append=quotients.size))
+
+
+def magnitudes_of_quotients(count: int) -> Iterator[npt.NDArray[np.float32]]:
+    """Give the magnitudes that a value over its block's greatest can have, ascending, so many at a time.
+
+    Rounding takes them to 1 + 2**-22 at most: the reciprocal of the greatest value is off by 2**-23 of itself where
+    it is no normal number.
+    """
+    for first in range(0, ONE + 3, count):
+        yield np.minimum(np.arange(first, first + count, dtype=np.uint32), np.uint32(ONE + 2)).view(np.float32)
+
+
 def finite_blocks() -> Iterator[tuple[npt.NDArray[np.float32], np.float32, npt.NDArray[np.uint8]]]:
     """Give all finite values, those up to 1 as their own quotients.
 
@@ -34,11 +63,7 @@ def finite_blocks() -> Iterator[tuple[npt.NDArray[np.float32], np.float32, npt.N
             values = (magnitudes | np.uint32(sign)).view(np.float32)
             blocks[:, 0] = maximum
             blocks[:, 1:] = values.reshape(BLOCKS, 255)
-            # Ascending quotients: the thresholds' places say it faster than a search for each.
-            quotients = (values if sign == 0 else values[::-1]) * (np.float32(1) / maximum)
-            begins = np.searchsorted(quotients, THRESHOLDS, side="right")
-            codes = np.repeat(np.arange(256, dtype=np.uint8), np.diff(begins, prepend=0, append=quotients.size))
-            yield blocks, maximum, (codes if sign == 0 else codes[::-1]).reshape(BLOCKS, 255)
+            yield blocks, maximum, nearest_codes(values * (np.float32(1) / maximum)).reshape(BLOCKS, 255)
 
 
 def not_finite_blocks() -> Iterator[npt.NDArray[np.float32]]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from lion import cpu_kernels, reference
-from lion.cpu_kernels import avx512
+from lion.cpu_kernels import quantization
 from tests import strategies
 from tests.comparing import assert_same_bits
-from tests.differential import every_float
+from tests.differential import cpu_paths, every_float
 
 QMAP = reference.create_dynamic_map()
 K = np.array(reference.coefficients(1e-4, (0.0, 0.0), 0.0), np.float32)
@@ -42,7 +40,7 @@ def update(
 
 
 def quantize(values: npt.NDArray[np.float32], block_size: int) -> tuple[Any, Any]:
-    """Return codes and absmax of blocks, by the kernel for any map."""
+    """Return codes and absmax of blocks, without an update."""
     codes = np.empty(values.shape, np.uint8)
     absmax = np.empty(values.size // block_size, np.float32)
     places = values.ctypes.data, codes.ctypes.data, absmax.ctypes.data
@@ -91,9 +89,31 @@ def test_all_codes_with_absmax_of_every_exponent() -> None:
             assert_same_bits(expected_absmax, absmax)
 
 
-@pytest.mark.skipif(not avx512.AVAILABLE, reason="the portable code is what the other tests ran")
-def test_the_portable_code_as_well() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "exhaustive", __file__]
-    command += ["-k", "finite"]
-    result = subprocess.run(command, env={**os.environ, "NUMBA_CPU_NAME": "x86-64-v3"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+@pytest.mark.skipif(quantization.vectors is None, reason="the portable code has no groups")
+def test_codes_of_a_group_that_are_not_the_nearest_are_not_sure() -> None:
+    """Alone: in a block, a code that is not sure makes all others be looked up again."""
+    group, quantize_group = quantization.GROUP, quantization.quantize_group
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def quantize_groups(values: int, codes: int, sure: npt.NDArray[np.bool_]) -> None:
+        for i in range(sure.size):
+            sure[i] = quantize_group(values + 4 * group * i, np.float32(1.0), codes + group * i)
+
+    def by_groups(values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+        codes, sure = np.empty(values.size, np.uint8), np.empty(values.size // group, np.bool_)
+        quantize_groups(values.ctypes.data, codes.ctypes.data, sure)
+        return codes, sure
+
+    unsure = groups = 0
+    for magnitudes in every_float.magnitudes_of_quotients(1 << 22):
+        for values in (magnitudes, -magnitudes):
+            codes, sure = by_groups(values)
+            wrong = codes != every_float.nearest_codes(values)
+            assert not by_groups(np.repeat(values[wrong], group))[1].any()
+            unsure, groups = unsure + np.count_nonzero(~sure), groups + sure.size
+    assert unsure < groups / 1000
+
+
+@cpu_paths.on_others
+def test_other_code_that_the_processor_has(lookups: str) -> None:
+    cpu_paths.run_tests(lookups, "-m", "exhaustive", "-k", "finite or sure", __file__)

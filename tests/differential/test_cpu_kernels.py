@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lion import cpu_kernels, reference
-from lion.cpu_kernels import avx512, pool
+from lion.cpu_kernels import avx2, avx512, pool, portable, quantization
 from tests import strategies
 from tests.comparing import Guarded, assert_same_bits, guarded
-from tests.differential import cpu_twins
+from tests.differential import cpu_paths, cpu_twins
+from tests.differential.every_float import around
 
 Array = npt.NDArray[Any]
 
@@ -376,6 +375,23 @@ def test_dequantize_every_code(dtype: str) -> None:
     assert_same_bits(values.array, expected)
 
 
+def test_dequantize_every_code_at_every_place_of_a_group() -> None:
+    codes = np.concatenate([np.roll(np.arange(256, dtype=np.uint8), place) for place in range(64)])
+    absmax, values = np.ones(64, np.float32), guarded((codes.size,), np.float32)
+    places = codes.ctypes.data, absmax.ctypes.data, values.array.ctypes.data
+    cpu_kernels.dequantize_blockwise("float32", *places, codes.size, QMAP, 256, 1)
+    assert_same_bits(values.array, QMAP[codes])
+
+
+def test_the_dynamic_map_with_another_zero_is_another_map() -> None:
+    qmap, codes, absmax = QMAP.copy(), np.array([127], np.uint8), np.ones(1, np.float32)
+    qmap[127] = -0.0
+    value = guarded((1,), np.float32)
+    places = codes.ctypes.data, absmax.ctypes.data, value.array.ctypes.data
+    cpu_kernels.dequantize_blockwise("float32", *places, 1, qmap, 256, 1)
+    assert_same_bits(value.array, np.float32([-0.0]))
+
+
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
 def test_quantize_at_the_ends_of_the_normal_numbers(dtype: str) -> None:
     """What is below them is stored as 0, what is above as NaN."""
@@ -412,14 +428,6 @@ def test_codes_come_back() -> None:
     assert_same_bits(again.array.reshape(-1, 256)[kept], codes.reshape(-1, 256)[kept])
 
 
-def around(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return float32 values and their neighbours within two."""
-    order = values.view(np.int32)
-    order = (order ^ ((order >> 31) & 0x7FFFFFFF))[:, None] + np.arange(-2, 3)
-    order = order.reshape(-1).astype(np.int32)
-    return (order ^ ((order >> 31) & 0x7FFFFFFF)).view(np.float32)
-
-
 @pytest.mark.parametrize("update", ["update_8bit_blockwise", "update_8bit_tensorwise"])
 def test_codes_at_thresholds(update: str) -> None:
     """With beta2 = 0 and absmax 1, the new momentum is the gradient and its own quotient."""
@@ -445,17 +453,16 @@ def test_codes_at_thresholds(update: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads what /proc/cpuinfo says")
+@pytest.mark.skipif("NUMBA_CPU_FEATURES" in os.environ, reason="another processor is asked for")
 def test_the_fast_code_runs_on_processors_that_have_it() -> None:
     flags = set(Path("/proc/cpuinfo").read_text().split())
-    named = {"NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"} & os.environ.keys()
-    assert avx512.AVAILABLE == ({"avx512f", "avx512bw", "avx512vbmi"} <= flags and not named)
+    wanted = {avx512.NAME: {"avx512f", "avx512bw", "avx512vbmi"}, avx2.NAME: {"avx2", "fma"}, portable.NAME: set()}
+    assert quantization.LOOKUPS == next(name for name, needed in wanted.items() if needed <= flags)
 
 
-@pytest.mark.skipif(not avx512.AVAILABLE, reason="the portable code is what the other tests ran")
-def test_portable_code_on_a_processor_with_avx512() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "8bit or thresholds", __file__]
-    result = subprocess.run(command, env={**os.environ, "NUMBA_CPU_NAME": "x86-64-v3"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+@cpu_paths.on_others
+def test_other_code_that_the_processor_has(lookups: str) -> None:
+    cpu_paths.run_tests(lookups, "-k", "8bit or thresholds or quantize or codes_come", __file__)
 
 
 @pytest.mark.skipif(cpu_twins.DISABLE_JIT, reason="kernels that run as Python keep the caller's mode")

@@ -30,6 +30,7 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
 
+from tests.differential.cpu_paths import ENVIRONMENTS
 from tests.mutation.plan import MODULES, OPERATORS, Run
 from tests.mutation.survivors import SURVIVORS
 
@@ -91,8 +92,8 @@ def passes(run: Run, processor_seconds: int) -> bool:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
         arguments = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *run.arguments]
-        if run.cpu_name:  # it is too late to tell this process
-            environment = {**os.environ, "NUMBA_CPU_NAME": run.cpu_name}
+        if run.lookups:  # it is too late to tell this process
+            environment = {**os.environ, **ENVIRONMENTS[run.lookups], "NUMBA_DISABLE_JIT": str(int(run.as_python))}
             os.execve(sys.executable, [sys.executable, "-m", "pytest", *arguments], environment)
         numba.config.DISABLE_JIT = run.as_python
         os._exit(pytest.main(arguments))

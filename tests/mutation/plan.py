@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lion.cpu_kernels import avx2, portable
+
 _BINARY = (
     *("Add_Sub", "Sub_Add", "Mul_Div", "Div_Mul", "FloorDiv_Mul", "Mod_FloorDiv", "Pow_Mul"),
     *("LShift_RShift", "RShift_LShift", "BitAnd_BitOr", "BitOr_BitAnd", "BitXor_BitOr"),
@@ -29,17 +31,17 @@ class Run(NamedTuple):
         arguments: What pytest is called with.
         within: Names of the functions whose mutants it is for; none for all.
         as_python: Whether the CPU kernels run as Python, which is quicker than compiling them for each mutant.
-        cpu_name: The processor that Numba is to compile for; "" for the host.
+        lookups: Name of the lookups of 8-bit states; "" for the fastest that the processor has.
     """
 
     arguments: tuple[str, ...]
     within: tuple[str, ...] = ()
     as_python: bool = False
-    cpu_name: str = ""
+    lookups: str = ""
 
 
-def _kernels(names: str, *within: str, as_python: bool = False, cpu_name: str = "") -> Run:
-    return Run(("tests/differential/test_cpu_kernels.py", "-k", names), within, as_python, cpu_name)
+def _kernels(names: str, *within: str, as_python: bool = False, lookups: str = "") -> Run:
+    return Run(("tests/differential/test_cpu_kernels.py", "-k", names), within, as_python, lookups)
 
 
 # Without the tests that take longest and notice nothing that the others do not.
@@ -90,7 +92,11 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _kernels("quantize", "_quantize_kernel", "_dequantize_kernel", "threshold_code", as_python=True),
         _kernels("test_update_8bit_blockwise", "quantize_block", "dequantize_block", "stored_absmax", as_python=True),
         _kernels("8bit or quantize or at_thresholds or every_code or invalid"),
-        _kernels("8bit or at_thresholds", cpu_name="x86-64-v3"),
+        _kernels("8bit or at_thresholds or quantize", lookups=avx2.NAME),
+    ),
+    "cpu_kernels/portable.py": (
+        _kernels("test_update_8bit_blockwise", as_python=True, lookups=portable.NAME),
+        _kernels("8bit or at_thresholds or quantize", lookups=portable.NAME),
     ),
     "cpu_kernels/pool.py": (
         _kernels("squared_norm or invalid", as_python=True),
@@ -99,10 +105,15 @@ MODULES: dict[str, tuple[Run, ...]] = {
     ),
     "cpu_kernels/device.py": (
         _kernels("update_32bit"),
-        _kernels("not portable"),
+        _kernels("not other_code"),
         _tests("differential/test_cpu_cache.py", "differential/test_cpu_threads.py"),
     ),
-    "cpu_kernels/avx512.py": (_kernels("at_thresholds"), _kernels("8bit or fast_code or portable")),
+    "cpu_kernels/avx2.py": (
+        _tests("differential/test_cpu_lookups.py"),
+        _kernels("8bit or at_thresholds or every_code", lookups=avx2.NAME),
+    ),
+    "cpu_kernels/avx512.py": (_kernels("at_thresholds"), _kernels("8bit or fast_code or every_code")),
+    "cpu_kernels/vectors.py": (_tests("differential/test_cpu_lookups.py"), _kernels("at_thresholds")),
     "lion/_backends/batch.py": _BATCH,
     "lion/_backends/cpu.py": _COMPUTING,
     "lion/_backends/loss_scale.py": (_tests("optimizers/test_loss_scale.py"), _tests("optimizers/test_contract.py")),

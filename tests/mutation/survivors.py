@@ -118,11 +118,6 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "return block_size * max( 2, CHUNK // block_size)",
         ),
         (
-            "order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)",
-            "NumPy fills with the sign, however far it shifts",
-            "order = (bits ^ ((bits >> 32) & 0x7FFFFFFF)).astype(np.int64)",
-        ),
-        (
             "tensor, first, begin, end = pull(control, sizes, chunk_size, 0, 0)",
             "the only tensor is done twice, with the same result",
             "tensor, first, begin, end = pull(control, sizes, chunk_size, -1, 0)",
@@ -131,6 +126,13 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "maximum = np.uint32(0)",
             _NOT_NORMAL,
             "maximum = np.uint32( 1)",
+        ),
+    ),
+    "cpu_kernels/portable.py": (
+        (
+            "order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)",
+            "NumPy fills with the sign, however far it shifts",
+            "order = (bits ^ ((bits >> 32) & 0x7FFFFFFF)).astype(np.int64)",
         ),
         (
             "starts = np.arange(-8192, 8192) << 17",
@@ -311,10 +313,10 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "return addends, shifts, np.array(codes + [ 1] * (256 - len(codes)), np.uint8)",
         ),
         (
-            "signature = ir.FunctionType(args[0].type, [arg.type for arg in args])",
+            'return call(builder, f"x86.avx512.{name}", args[0].type, *args)',
             "all vectors there are alike",
-            "signature = ir.FunctionType(args[ 1].type, [arg.type for arg in args])",
-            "signature = ir.FunctionType(args[ -1].type, [arg.type for arg in args])",
+            'return call(builder, f"x86.avx512.{name}", args[ 1].type, *args)',
+            'return call(builder, f"x86.avx512.{name}", args[ -1].type, *args)',
         ),
         (
             "order = list(range(2 * vectors[0].type.count))",
@@ -333,39 +335,34 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "planes = [_lookup_bytes(builder, plane, codes) for plane in table.view(np.uint8).reshape(- 2, 4).T]",
         ),
         (
-            "vectors = _lookup(builder, _QMAP, builder.load(_at(builder, args[0], 0, BYTES), align=1))",
+            "vectors = _lookup(builder, _QMAP, builder.load(at(builder, args[0], 0, BYTES), align=1))",
             "x86 loads and stores whole vectors at any address",
-            "vectors = _lookup(builder, _QMAP, builder.load(_at(builder, args[0], 0, BYTES), align= 2))",
+            "vectors = _lookup(builder, _QMAP, builder.load(at(builder, args[0], 0, BYTES), align= 2))",
         ),
         (
-            "builder.store(codes, _at(builder, args[2], 0, BYTES), align=1)",
+            "builder.store(codes, at(builder, args[2], 0, BYTES), align=1)",
             "x86 loads and stores whole vectors at any address",
-            "builder.store(codes, _at(builder, args[2], 0, BYTES), align= 2)",
+            "builder.store(codes, at(builder, args[2], 0, BYTES), align= 2)",
         ),
         (
-            'upper = _call(builder, "vpermi2var.hi.512", low, _vector(I16, np.arange(1, 64, 2)), high)',
+            'upper = _call(builder, "vpermi2var.hi.512", low, constant(I16, np.arange(1, 64, 2)), high)',
             "NumPy stops at the same number",
-            'upper = _call(builder, "vpermi2var.hi.512", low, _vector(I16, np.arange(1, 65, 2)), high)',
+            'upper = _call(builder, "vpermi2var.hi.512", low, constant(I16, np.arange(1, 65, 2)), high)',
         ),
         (
-            'bucket = _call(builder, "vpermi2var.qi.512", low, _vector(I8, np.arange(0, 128, 2)), high)',
+            'bucket = _call(builder, "vpermi2var.qi.512", low, constant(I8, np.arange(0, 128, 2)), high)',
             "NumPy stops at the same number",
-            'bucket = _call(builder, "vpermi2var.qi.512", low, _vector(I8, np.arange(0, 127, 2)), high)',
+            'bucket = _call(builder, "vpermi2var.qi.512", low, constant(I8, np.arange(0, 127, 2)), high)',
         ),
         (
-            'negative.append(builder.icmp_signed("<", upper, _splat(WORDS, 0)))',
+            'negative.append(builder.icmp_signed("<", upper, splat(WORDS, 0)))',
             "the code of 0 is its own mirror",
-            'negative.append(builder.icmp_signed("<", upper, _splat(WORDS, 1)))',
+            'negative.append(builder.icmp_signed("<", upper, splat(WORDS, 1)))',
         ),
         (
-            'negative.append(builder.icmp_signed("<", upper, _splat(WORDS, 0)))',
+            'negative.append(builder.icmp_signed("<", upper, splat(WORDS, 0)))',
             "a NaN does not get here",
-            'negative.append(builder.icmp_signed("<", upper, _splat(WORDS, -1)))',
-        ),
-        (
-            'all(llvmlite.binding.get_host_cpu_features().get(f"avx512{name}", False) for name in ("f", "bw", "vbmi"))',
-            "x86 names all features",
-            'all(llvmlite.binding.get_host_cpu_features().get(f"avx512{name}", True) for name in ("f", "bw", "vbmi"))',
+            'negative.append(builder.icmp_signed("<", upper, splat(WORDS, -1)))',
         ),
     ),
     "lion/backends.py": (
