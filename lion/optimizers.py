@@ -11,11 +11,14 @@ from torch.optim import Optimizer
 
 from lion._backends import Batch, LossScale, StaleBatch, StepCoefficients, for_device
 from lion._memory import paging, sharding
-from lion._options import STATE_OPTIONS, check_group, shown
+from lion._options import STATE_OPTIONS, check_algorithm, check_group, explains_keywords, shown
 from lion._parameters import check_parameter, parameter_name
 from lion._plan import Plan
 from lion._state import converted, form_of, placed
 from lion.overrides import GlobalOptimManager
+
+# What bitsandbytes reads from `args` besides the options here; its other optimizers use them.
+_ARGS_OF_OTHERS = ("max_unorm", "skip_zeros")
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -62,6 +65,7 @@ class Lion(Optimizer):
     # torch.amp.GradScaler leaves the unscaling of the gradients to the step.
     _step_supports_amp_scaling = True
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
@@ -87,6 +91,7 @@ class Lion(Optimizer):
         }
         if isinstance(args, Mapping):
             raise TypeError(f"Invalid args: {shown(args)}; an object with attributes is allowed, not a dict")
+        check_algorithm({key: getattr(args, key) for key in _ARGS_OF_OTHERS if hasattr(args, key)})
         defaults.update((key, getattr(args, key)) for key in STATE_OPTIONS if hasattr(args, key))
         super().__init__(params, check_group(defaults))
 
@@ -105,7 +110,7 @@ class Lion(Optimizer):
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            group.update(check_group(group))
+            group.update(check_group(group, len(self.param_groups) - 1))
             for index, p in enumerate(group["params"]):
                 check_parameter(p, parameter_name(group, len(self.param_groups) - 1, index))
         except (TypeError, ValueError):
@@ -236,6 +241,8 @@ class Lion(Optimizer):
         """Return the plan of this step and its batches, checked and ready to run."""
         manager = GlobalOptimManager.get_instance()
         groups = self.param_groups
+        for number, group in enumerate(groups):
+            check_algorithm(group, number)
         members = [[p for p in group["params"] if p.grad is not None] for group in groups]
         params = [p for some in members for p in some]
         # The plan keeps the groups that have members alive, so their ids stay theirs.
@@ -288,6 +295,7 @@ class Lion8bit(Lion):
         TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
     """
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
@@ -324,6 +332,7 @@ class Lion32bit(Lion):
         TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
     """
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
@@ -360,6 +369,7 @@ class PagedLion(Lion):
         TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
     """
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
@@ -395,6 +405,7 @@ class PagedLion8bit(Lion8bit):
         TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
     """
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
@@ -427,6 +438,7 @@ class PagedLion32bit(Lion32bit):
         TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
     """
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
