@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lion._backends import Batch, LossScale, StaleBatch, StepCoefficients, for_device
+from lion._backends import Batch, LossScale, StaleBatch, StepCoefficients, for_device, forgotten_on_error
 from lion._memory import paging, sharding
 from lion._options import STATE_OPTIONS, check_algorithm, check_group, explains_keywords, shown
 from lion._parameters import check_parameter, parameter_name
 from lion._plan import Plan
-from lion._state import converted, form_of, placed
+from lion._state import converted, form_of, placed, python_numbers
 from lion.overrides import GlobalOptimManager
 
 # What bitsandbytes reads from `args` besides the options here; its other optimizers use them.
@@ -129,6 +129,7 @@ class Lion(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @forgotten_on_error
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.
@@ -198,6 +199,16 @@ class Lion(Optimizer):
         report.__cause__ = cause
         return report
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups, to be saved; NumPy's numbers in the groups become Python's.
+
+        Returns:
+            A dict with the keys ``state``, by a parameter's number, and ``param_groups``; its tensors are the
+            optimizer's own.
+        """
+        saved = super().state_dict()
+        return {**saved, "param_groups": [python_numbers(group) for group in saved["param_groups"]]}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state and the hyperparameters of a checkpoint; all or nothing.
 
@@ -223,6 +234,10 @@ class Lion(Optimizer):
         self.__setstate__(converted(loaded, self.param_groups))
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_step_supports_amp_scaling",)
+        return {**super().__getstate__(), **{key: vars(self)[key] for key in kept if key in vars(self)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

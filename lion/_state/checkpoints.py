@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from lion._options import CHECKS, HYPERPARAMETERS, STATE_OPTIONS, check_algorithm, check_group, check_value, shown
@@ -50,6 +51,17 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
                 form = form_of(p, {**new, **overrides.get(id(p), {})})
                 states[p] = load(saved_state, p, form, parameter_name(group, number, index))
     return {"state": states, "param_groups": new_groups}
+
+
+def python_numbers(value: Any) -> Any:
+    """Return a value of a group with Python's numbers for NumPy's, which ``torch.load`` does not read by default."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(python_numbers, value))
+    if type(value) is dict:
+        return {key: python_numbers(item) for key, item in value.items()}
+    return value
 
 
 def check_parts(state_dict: Mapping[str, Any]) -> None:
