@@ -2,19 +2,65 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from enum import Enum
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lion import reference
 
 HYPERPARAMETERS = ("lr", "betas", "weight_decay")
 STATE_OPTIONS = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
+
+# Options of other optimizers, torch's and other projects' Lions, that change what a step computes, with the value that
+# does not.
+OTHER_ALGORITHMS: dict[str, Any] = {
+    "adanorm": False,
+    "ams_bound": False,
+    "amsgrad": False,
+    "caution": False,
+    "cautious": False,
+    "cautious_factor": 1,
+    "cautious_wd": False,
+    "centered": False,
+    "corrected_weight_decay": False,
+    "dampening": 0,
+    "decouple_lr": False,
+    "decoupled_weight_decay": True,
+    "differentiable": False,
+    "fixed_decay": False,
+    "kahan_sum": False,
+    "lr_decay": 0,
+    "max_unorm": 0,
+    "maximize": False,
+    "momentum": 0,
+    "nesterov": False,
+    "skip_zeros": False,
+    "use_gc": False,
+    "weight_decouple": True,
+}
+# What to do without an option that programs give to torch's optimizers.
+_ADVICE = {
+    "amsgrad": "there is no second moment to take the maximum of",
+    "capturable": "every step on CUDA tensors can be captured in a CUDA graph",
+    "differentiable": "a step cannot be differentiated",
+    "eps": "nothing is divided by",
+    "foreach": "a step takes all parameters of a kind at once as it is",
+    "fused": "a step is one kernel call per batch of parameters as it is",
+    "maximize": "minimize the negative loss",
+    "momentum": "its weights are betas",
+}
+# A negative learning rate of at most this share of the largest one of its group is what rounding left of 0: in the
+# arithmetic of a schedule, or in that of a tensor of fewer bits.
+_ROUNDING, _ROUNDING_OF_TENSORS = 2.0**-40, 2.0**-20
+
+_Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 class Kind(Enum):
@@ -25,32 +71,92 @@ class Kind(Enum):
     TENSORWISE = "8bit_tensorwise"
 
 
-def check_value(key: str, value: Any) -> Any:
+def check_value(key: str, value: Any, group: Mapping[str, Any] | None = None) -> Any:
     """Return an option's value in its canonical type.
 
     Args:
         key: Name of the option, one of :data:`CHECKS`.
         value: The value given.
+        group: The group that it is for, which tells a learning rate that rounding left below 0 (default: none).
 
     Raises:
         TypeError: If the value has the wrong type.
         ValueError: If the value is not allowed.
     """
+    if key == "lr" and group is not None:
+        return _learning_rate(key, value, group)
     return CHECKS[key](key, value)
 
 
-def check_group(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return all options of a group, checked."""
-    missing = [key for key in CHECKS if key not in group]
-    if missing:
-        raise ValueError(f"Invalid parameter group: the option {missing[0]!r} is missing")
-    checked = {key: check_value(key, group[key]) for key in CHECKS}
-    if not isinstance(checked["lr"], Tensor):
-        reference.coefficients(*(checked[key] for key in HYPERPARAMETERS))
+def check_group(group: Mapping[str, Any], number: int | None = None) -> dict[str, Any]:
+    """Return all options of a group, checked.
+
+    Args:
+        group: The group.
+        number: Its number, which errors name (default: it has none).
+
+    Raises:
+        TypeError: If a value has the wrong type.
+        ValueError: If a value is missing or not allowed, or an option of another optimizer changes what a step does.
+    """
+    try:
+        missing = [key for key in CHECKS if key not in group]
+        if missing:
+            raise ValueError(f"Invalid parameter group: the option {missing[0]!r} is missing")
+        check_algorithm(group)
+        checked = {key: check_value(key, group[key], group) for key in CHECKS}
+        if not isinstance(checked["lr"], Tensor):
+            reference.coefficients(*(checked[key] for key in HYPERPARAMETERS))
+    except (TypeError, ValueError) as error:
+        if number is None:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{error} (group {number})") from error
     return checked
 
 
-def _learning_rate(key: str, lr: Any) -> float | Tensor:
+def check_algorithm(group: Mapping[str, Any], number: int | None = None) -> None:
+    """Raise if an option of another optimizer in a group would change what a step does.
+
+    Args:
+        group: The group; keys that are nobody's option are left alone.
+        number: Its number, which the error names (default: it has none).
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    for key in OTHER_ALGORITHMS.keys() & group.keys():
+        if not _changes_nothing(key, group[key]):
+            where = "parameter group" if number is None else f"group {number}"
+            raise ValueError(
+                f"Invalid {where}: {key}={shown(group[key])} has no counterpart in Lion{_advice(key)}; "
+                f"leave it out or set it to {OTHER_ALGORITHMS[key]}"
+            )
+
+
+def _advice(key: str) -> str:
+    return f": {_ADVICE[key]}" if key in _ADVICE else ""
+
+
+def _changes_nothing(key: str, value: Any) -> bool:
+    is_scalar = isinstance(value, (bool, int, float, np.generic))
+    return value is None or (is_scalar and bool(value == OTHER_ALGORITHMS[key]))
+
+
+def explains_keywords(init: _Init) -> _Init:
+    """Make a constructor say what to do without a keyword that other optimizers have; its signature stays."""
+
+    @functools.wraps(init)
+    def explaining(self: Any, *args: Any, **kwargs: Any) -> None:
+        for key in kwargs:
+            if key in OTHER_ALGORITHMS or key in _ADVICE:
+                raise TypeError(f"{type(self).__name__} has no option {key!r}{_advice(key)}; leave it out")
+        init(self, *args, **kwargs)
+
+    return cast(_Init, explaining)
+
+
+def _learning_rate(key: str, lr: Any, group: Mapping[str, Any] | None = None) -> float | Tensor:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element; its shape is {tuple(lr.shape)}")
@@ -60,9 +166,33 @@ def _learning_rate(key: str, lr: Any) -> float | Tensor:
             raise ValueError("Invalid learning rate: a tensor without data, on the device meta")
         # Reading a tensor of another device would wait for that device.
         if lr.device.type == "cpu":
-            _non_negative("learning rate:", lr.item())
+            rate_on_host(lr, group)
         return lr
-    return _non_negative("learning rate:", lr)
+    return _rate(lr, group, _ROUNDING)
+
+
+def rate_on_host(lr: Tensor, group: Mapping[str, Any] | None) -> float:
+    """Return the learning rate in a tensor, checked; waits for its device."""
+    return _rate(lr.item(), group, _ROUNDING if lr.dtype == torch.float64 else _ROUNDING_OF_TENSORS)
+
+
+def _rate(lr: Any, group: Mapping[str, Any] | None, rounding: float) -> float:
+    number = _number("learning rate:", lr)
+    if number < 0.0 and group is not None and -number <= rounding * _largest_rate(group):
+        return 0.0
+    return _non_negative("learning rate:", number)
+
+
+def _largest_rate(group: Mapping[str, Any]) -> float:
+    """Return the largest rate that schedulers noted in a group; 1 where there is none."""
+    noted = [group[key] for key in ("initial_lr", "max_lr") if key in group]
+    numbers = [
+        float(rate)
+        for rate in noted
+        if isinstance(rate, (int, float, np.integer, np.floating))
+        or (isinstance(rate, Tensor) and rate.numel() == 1 and rate.device.type == "cpu")
+    ]
+    return max(numbers, default=1.0)
 
 
 def _weight_decay(key: str, weight_decay: Any) -> float:
@@ -169,7 +299,7 @@ def integer(key: str, value: Any) -> int:
     return int(number)
 
 
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
+CHECKS: dict[str, Callable[..., Any]] = {
     "lr": _learning_rate,
     "betas": _betas,
     "weight_decay": _weight_decay,

@@ -13,7 +13,7 @@ from torch import Tensor
 from lion import reference
 from lion._backends import Batch, LossScale, StepCoefficients, for_device
 from lion._memory import sharding
-from lion._options import HYPERPARAMETERS, check_group, check_value
+from lion._options import HYPERPARAMETERS, check_group, check_value, rate_on_host
 from lion._parameters import Group, check_gradient, parameter_name
 from lion._state import Form, State, adapted, form_of
 
@@ -100,7 +100,7 @@ class Plan:
         """Return the parameters that have a gradient, checked, and note whose norms are summed over shards."""
         members = []
         for number, group in enumerate(groups):
-            checked = check_group(group)
+            checked = check_group(group, number)
             for index, p in enumerate(group["params"]):
                 override = overrides.get(id(p), {})
                 options = {**checked, **override}
@@ -253,9 +253,9 @@ def _shards(p: Tensor, options: Mapping[str, Any]) -> _Shards | None:
 
 
 def _coefficients(group: Group, override: Mapping[str, Any], device: torch.device) -> StepCoefficients:
-    lr, betas, weight_decay = (check_value(key, override.get(key, group[key])) for key in HYPERPARAMETERS)
+    lr, betas, weight_decay = (check_value(key, override.get(key, group[key]), group) for key in HYPERPARAMETERS)
     if isinstance(lr, Tensor):
         if lr.device == device and device.type == "cuda":
             return StepCoefficients(_rounded(0.0, betas, weight_decay), lr, weight_decay)
-        lr = check_value("lr", lr.item())
+        lr = rate_on_host(lr, group)
     return StepCoefficients(_rounded(lr, betas, weight_decay), None, weight_decay)

@@ -26,8 +26,8 @@ def from_exp_avg(state_dict: StateDict, drop: Sequence[str] = ()) -> dict[str, A
 
     Args:
         state_dict: What the other optimizer's ``state_dict()`` returned.
-        drop: Entries of its states that may be lost, for instance ``["kahan_comp"]`` (default: none); entries that are
-            None always may.
+        drop: Entries of its states, and options of its groups, that may be lost, for instance
+            ``["kahan_comp", "kahan_sum"]`` (default: none); entries that are None always may.
 
     Returns:
         A state dict to load; momentum is float32, and loading it converts it to the optimizer's options.
@@ -56,7 +56,7 @@ def from_exp_avg(state_dict: StateDict, drop: Sequence[str] = ()) -> dict[str, A
         states[saved_id] = {"step": torch.tensor(float(step), device="cpu"), "state1": momentum, **kept}
     groups = []
     for number, saved in enumerate(state_dict["param_groups"]):
-        group = dict(saved)
+        group = {key: value for key, value in saved.items() if key not in drop}
         if "betas" not in group and "beta1" in group and "beta2" in group:
             group["betas"] = (group.pop("beta1"), group.pop("beta2"))
         check_saved_group(group, number)

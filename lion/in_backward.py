@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lion._memory.sharding import is_dtensor
+from lion._options import check_group
 from lion._parameters import parameter_name
 from lion.optimizers import Lion
 
@@ -85,7 +86,12 @@ class StepInBackward:
         stepper.state.clear()
         if p in states:
             stepper.state[p] = states[p]
-        stepper.step()
+        try:
+            stepper.step()
+        except (TypeError, ValueError):
+            # What is wrong with the group is said of the group.
+            check_group(self._optimizer.param_groups[number], number)
+            raise
         states.update(stepper.state)
         p.grad = None
 

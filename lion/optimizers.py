@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lion._backends import LossScale, for_device
+from lion._backends import LossScale, for_device, forgotten_on_error
 from lion._memory import paging, sharding
-from lion._options import STATE_OPTIONS, check_group, shown
+from lion._options import STATE_OPTIONS, check_algorithm, check_group, explains_keywords, shown
 from lion._parameters import check_parameter, parameter_name
 from lion._plan import Plan, Prepared
-from lion._state import converted, form_of, placed
+from lion._state import converted, form_of, placed, python_numbers
 from lion.overrides import GlobalOptimManager
 
 _KEPT_PLANS = 4
+# What bitsandbytes reads from `args` besides the options here; its other optimizers use them.
+_ARGS_OF_OTHERS = ("max_unorm", "skip_zeros")
+
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -64,6 +67,7 @@ class Lion(Optimizer):
     # torch.amp.GradScaler leaves the unscaling of the gradients to the step.
     _step_supports_amp_scaling = True
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
@@ -89,6 +93,7 @@ class Lion(Optimizer):
         }
         if isinstance(args, Mapping):
             raise TypeError(f"Invalid args: {shown(args)}; an object with attributes is allowed, not a dict")
+        check_algorithm({key: getattr(args, key) for key in _ARGS_OF_OTHERS if hasattr(args, key)})
         defaults.update((key, getattr(args, key)) for key in STATE_OPTIONS if hasattr(args, key))
         super().__init__(params, check_group(defaults))
 
@@ -107,7 +112,7 @@ class Lion(Optimizer):
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            group.update(check_group(group))
+            group.update(check_group(group, len(self.param_groups) - 1))
             for index, p in enumerate(group["params"]):
                 # What never gets a gradient may be anything.
                 if p.requires_grad:
@@ -128,6 +133,7 @@ class Lion(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @forgotten_on_error
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.
@@ -197,6 +203,16 @@ class Lion(Optimizer):
         report.__cause__ = cause
         return report
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups, to be saved; NumPy's numbers in the groups become Python's.
+
+        Returns:
+            A dict with the keys ``state``, by a parameter's number, and ``param_groups``; its tensors are the
+            optimizer's own.
+        """
+        saved = super().state_dict()
+        return {**saved, "param_groups": [python_numbers(group) for group in saved["param_groups"]]}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state and the hyperparameters of a checkpoint; all or nothing.
 
@@ -223,6 +239,10 @@ class Lion(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_step_supports_amp_scaling",)
+        return {**super().__getstate__(), **{key: vars(self)[key] for key in kept if key in vars(self)}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = ()
@@ -239,6 +259,8 @@ class Lion(Optimizer):
     def _prepared(self) -> tuple[Plan, Prepared]:
         """Return the plan of this step and its batches, checked and ready to run."""
         manager, groups = GlobalOptimManager.get_instance(), self.param_groups
+        for number, group in enumerate(groups):
+            check_algorithm(group, number)
         members = [[p for p in group["params"] if p.grad is not None] for group in groups]
         params = [p for some in members for p in some]
         options = [
@@ -294,6 +316,7 @@ class Lion8bit(Lion):
         TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
     """
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
@@ -330,6 +353,7 @@ class Lion32bit(Lion):
         TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
     """
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
@@ -366,6 +390,7 @@ class PagedLion(Lion):
         TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
     """
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
@@ -401,6 +426,7 @@ class PagedLion8bit(Lion8bit):
         TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
     """
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,
@@ -433,6 +459,7 @@ class PagedLion32bit(Lion32bit):
         TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
     """
 
+    @explains_keywords
     def __init__(
         self,
         params: Params,

@@ -2,7 +2,7 @@
 
 from lion._backends.batch import Batch, StaleBatch
 from lion._backends.cpu import CpuBackend
-from lion._backends.loss_scale import LossScale
+from lion._backends.loss_scale import LossScale, forgotten_on_error
 from lion._backends.protocol import DTYPES, StepCoefficients
 from lion._backends.reference import ReferenceBackend, as_numpy
 from lion._backends.selection import for_device, use_backend
@@ -17,5 +17,6 @@ __all__ = [
     "StepCoefficients",
     "as_numpy",
     "for_device",
+    "forgotten_on_error",
     "use_backend",
 ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
 class LossScale(NamedTuple):
@@ -45,6 +49,21 @@ class LossScale(NamedTuple):
     def skips(self) -> bool:
         """Return whether nothing is to change; waits for the device that the answer is on."""
         return self.found_inf is not None and self.found_inf.item() != 0
+
+
+def forgotten_on_error(step: _Step) -> _Step:
+    """Make a step that raises leave no scale behind on its optimizer, where the next one would take it for its own."""
+
+    @functools.wraps(step)
+    def forgetting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return step(self, *args, **kwargs)
+        except BaseException:
+            for name in LossScale._fields:
+                vars(self).pop(name, None)
+            raise
+
+    return cast(_Step, forgetting)
 
 
 def _scalar(name: str, value: Any) -> Tensor | None:

@@ -1,7 +1,7 @@
 """What is kept for a parameter: its layout, checks, conversions, and how it is saved and loaded."""
 
 from lion._state.adapting import adapted, momentum, placed, quantized
-from lion._state.checkpoints import check_parts, check_saved_group, converted
+from lion._state.checkpoints import check_parts, check_saved_group, converted, python_numbers
 from lion._state.checks import check_contents
 from lion._state.layout import Form, State, form_of, kind_in
 
@@ -17,5 +17,6 @@ __all__ = [
     "kind_in",
     "momentum",
     "placed",
+    "python_numbers",
     "quantized",
 ]

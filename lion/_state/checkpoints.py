@@ -7,27 +7,14 @@ from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from lion._options import CHECKS, HYPERPARAMETERS, STATE_OPTIONS, check_group, check_value, shown
+from lion._options import CHECKS, HYPERPARAMETERS, STATE_OPTIONS, check_algorithm, check_group, check_value, shown
 from lion._parameters import parameter_name
 from lion._state.layout import State, form_of
 from lion._state.loading import load
 from lion.overrides import GlobalOptimManager
-
-# Options of other optimizers that change the update, with the value that does not.
-_OTHER_ALGORITHMS: dict[str, Any] = {
-    "adanorm": False,
-    "amsgrad": False,
-    "caution": False,
-    "cautious": False,
-    "decouple_lr": False,
-    "fixed_decay": False,
-    "maximize": False,
-    "momentum": 0,
-    "nesterov": False,
-    "weight_decouple": True,
-}
 
 
 def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -55,7 +42,7 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
             new = {**deepcopy(dict(saved)), **own}
         except Exception as error:
             raise ValueError(f"Invalid state_dict: group {number} cannot be copied: {error}") from error
-        new.update(check_group(new))
+        new.update(check_group(new, number))
         new_groups.append(new)
         for index, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
             # A parameter that never had a gradient has no state, or an empty one.
@@ -64,6 +51,17 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
                 form = form_of(p, {**new, **overrides.get(id(p), {})})
                 states[p] = load(saved_state, p, form, parameter_name(group, number, index))
     return {"state": states, "param_groups": new_groups}
+
+
+def python_numbers(value: Any) -> Any:
+    """Return a value of a group with Python's numbers for NumPy's, which ``torch.load`` does not read by default."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(map(python_numbers, value))
+    if type(value) is dict:
+        return {key: python_numbers(item) for key, item in value.items()}
+    return value
 
 
 def check_parts(state_dict: Mapping[str, Any]) -> None:
@@ -96,13 +94,13 @@ def check_saved_group(saved: Mapping[str, Any], number: int) -> None:
     for key in CHECKS:
         if key in saved:
             try:
-                check_value(key, saved[key])
+                check_value(key, saved[key], saved)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"Invalid state_dict: group {number}: {key!r}: {error}") from None
-    for key, harmless in _OTHER_ALGORITHMS.items():
-        value = saved.get(key)
-        if value is not None and not (isinstance(value, (bool, int, float)) and value == harmless):
-            raise ValueError(f"Invalid state_dict: group {number}: {key}={shown(value)} has no counterpart here")
+    try:
+        check_algorithm(saved, number)
+    except ValueError as error:
+        raise ValueError(f"Invalid state_dict: {str(error).removeprefix('Invalid ')}") from None
 
 
 def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
