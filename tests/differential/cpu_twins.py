@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lion import reference
-from lion.cpu_kernels import avx512, clipping, device, lion, pool, quantization
+from lion.cpu_kernels import avx512, clipping, device, lion, pool, quantization, rounding
 from tests.comparing import Array
 from tests.strategies import FLOAT_DTYPES
 
@@ -35,7 +35,7 @@ def _at(dtype: str, address: int, index: int, count: int = 1) -> Array:
 
 def load(dtype: str, address: int, index: int) -> Any:
     value = _at(dtype, address, index)[0]
-    return np.uint32(value) if dtype in ("uint32", "uint8") else np.float32(value)
+    return value.astype(np.uint32) if dtype in device.INTEGERS else np.float32(value)
 
 
 def store(dtype: str, address: int, index: int, value: Any) -> None:
@@ -94,7 +94,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avx512, "dequantize_group", dequantize_group)
     monkeypatch.setattr(avx512, "quantize_group", quantize_group)
     twins = (load, store, stack, float_to_bits, bits_to_float, atomic_add, atomic_max_bits, pause, set_float_mode)
-    for module in (clipping, lion, pool, quantization):
+    for module in (clipping, lion, pool, quantization, rounding):
         for twin in twins:
             if hasattr(module, twin.__name__):
                 monkeypatch.setattr(module, twin.__name__, twin)
