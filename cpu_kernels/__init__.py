@@ -3,8 +3,11 @@
 from lion.cpu_kernels.clipping import percentile_clipping, squared_norm
 from lion.cpu_kernels.lion import update_8bit_blockwise, update_8bit_tensorwise, update_32bit
 from lion.cpu_kernels.quantization import dequantize_blockwise, quantize_blockwise
+from lion.cpu_kernels.rounding import Master, Stochastic
 
 __all__ = [
+    "Master",
+    "Stochastic",
     "dequantize_blockwise",
     "percentile_clipping",
     "quantize_blockwise",

@@ -25,9 +25,11 @@ from numba.extending import intrinsic
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 TABLE, FLOATS, INTEGER, FLOAT32 = types.int64[::1], types.float32[::1], types.int64, types.float32
+ROWS = types.int64[:, ::1]
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
-MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, "uint32": I32, "uint8": I8}
+INTEGERS = {"uint64": I64, "uint32": I32, "uint16": I16, "int16": I16, "uint8": I8, "int8": I8}
+MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, **INTEGERS}
 MACHINE = platform.machine().lower()
 X86, ARM = MACHINE in ("x86_64", "amd64"), MACHINE in ("aarch64", "arm64")
 # What the processor has that Numba generates code for: this one, or the one that the user named.
@@ -48,7 +50,7 @@ def kernel(dtype: str, *arguments: types.Type) -> Callable[[Callable[..., None]]
     share a name.
 
     Args:
-        dtype: The string in the kernel's closure, if any.
+        dtype: What is in the kernel's closure, if anything.
         arguments: Numba types of the kernel's arguments, without the control block, which comes first.
     """
 
@@ -76,14 +78,15 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def by_dtype(make: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a function that makes the kernels of a dtype once, and refuses other dtypes."""
+def by_dtype(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes the kernels of some dtypes, and of options, once, and refuses other dtypes."""
 
     @functools.cache
-    def made(dtype: str) -> Any:
-        if dtype not in FLOAT_DTYPES:
-            raise ValueError(f"Invalid dtype: {dtype!r}; {', '.join(FLOAT_DTYPES)} are allowed")
-        return make(dtype)
+    def made(*dtypes: str, **options: int) -> Any:
+        for dtype in dtypes:
+            if dtype not in FLOAT_DTYPES:
+                raise ValueError(f"Invalid dtype: {dtype!r}; {', '.join(FLOAT_DTYPES)} are allowed")
+        return make(*dtypes, **options)
 
     return made
 
@@ -94,9 +97,9 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, item: ir
 
 @intrinsic(prefer_literal=True)
 def load(typingctx, dtype, address, index):  # type: ignore[no-untyped-def]
-    """load(dtype, address, index): the item as float32, or as uint32 for "uint32" and "uint8"; at any address."""
+    """load(dtype, address, index): the item as float32, or an integer of up to 32 bits as uint32; at any address."""
     name = dtype.literal_value
-    result = types.uint32 if name in ("uint32", "uint8") else types.float32
+    result = types.uint32 if name in INTEGERS else types.float32
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         item = MEMORY_TYPES[name]
@@ -105,8 +108,10 @@ def load(typingctx, dtype, address, index):  # type: ignore[no-untyped-def]
             return builder.fpext(value, FLOAT)
         if name == "bfloat16":
             return builder.bitcast(builder.shl(builder.zext(value, I32), I32(16)), FLOAT)
-        if name == "uint8":
+        if name in ("uint8", "uint16"):
             return builder.zext(value, I32)
+        if name in ("int8", "int16"):
+            return builder.sext(value, I32)
         return value
 
     return result(dtype, types.int64, types.int64), codegen
@@ -114,9 +119,9 @@ def load(typingctx, dtype, address, index):  # type: ignore[no-untyped-def]
 
 @intrinsic(prefer_literal=True)
 def store(typingctx, dtype, address, index, value):  # type: ignore[no-untyped-def]
-    """store(dtype, address, index, value): a float32 rounded to nearest even, or a uint32 cut off; at any address."""
+    """store(dtype, address, index, value): a float32 rounded to nearest even, or an integer cut off; at any address."""
     name = dtype.literal_value
-    operand = types.uint32 if name in ("uint32", "uint8") else types.float32
+    operand = (types.uint64 if name == "uint64" else types.uint32) if name in INTEGERS else types.float32
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         item, value = MEMORY_TYPES[name], args[3]
@@ -124,8 +129,8 @@ def store(typingctx, dtype, address, index, value):  # type: ignore[no-untyped-d
             value = builder.fptrunc(value, HALF)
         elif name == "bfloat16":
             value = _round_to_bfloat16(builder, value)
-        elif name == "uint8":
-            value = builder.trunc(value, I8)
+        elif name in ("uint8", "uint16"):
+            value = builder.trunc(value, item)
         builder.store(value, _pointer(builder, args[1], args[2], item), align=1)
         return context.get_dummy_value()
 

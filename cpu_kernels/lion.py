@@ -6,6 +6,7 @@ need not be aligned.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from lion.cpu_kernels.device import (
     FLOAT32,
     FLOATS,
     MAGNITUDE,
+    ROWS,
     TABLE,
     atomic_max_bits,
     bits_to_float,
@@ -28,6 +30,18 @@ from lion.cpu_kernels.device import (
 )
 from lion.cpu_kernels.pool import Int64Array, enter, leave, pull, run
 from lion.cpu_kernels.quantization import CHUNK, dequantize_block, quantize_block, stored_absmax
+from lion.cpu_kernels.rounding import (
+    NEAREST,
+    RANDOM_ITEMS,
+    SPAN,
+    STOCHASTIC,
+    Weights,
+    mode_of,
+    prepare,
+    read,
+    rows_of,
+    write,
+)
 from lion.reference import BLOCK_SIZE
 
 Float32Array = npt.NDArray[np.float32]
@@ -45,11 +59,13 @@ def update_32bit(
     k: Float32Array,
     threads: int,
     inv_scale: float | np.float32 = 1.0,
+    grad_dtype: str | None = None,
+    weights: Weights = None,
 ) -> None:
     """Step tensors with float32 momentum, see :func:`lion.reference.update_32bit`.
 
     Args:
-        dtype: The dtype of parameters and gradients: "float32", "float16" or "bfloat16".
+        dtype: The dtype of the parameters: "float32", "float16" or "bfloat16".
         params: Addresses of the parameters, updated in place.
         grads: Addresses of the gradients.
         momentums: Addresses of the momentum, float32, updated in place.
@@ -59,11 +75,15 @@ def update_32bit(
         k: float32 array of shape (6,): the fields of :class:`lion.reference.Coefficients`.
         threads: How many threads may work, at least 1.
         inv_scale: Factor that undoes the scaling of the loss, rounded to float32 (default: 1).
+        grad_dtype: The dtype of the gradients (default: None, that of the parameters).
+        weights: How bfloat16 parameters are kept (default: None, rounded to nearest).
 
     Raises:
-        ValueError: If ``dtype`` is another or ``threads`` is below 1.
+        ValueError: If a dtype is another, ``weights`` does not fit, or ``threads`` is below 1.
     """
-    run(_update_32bit_kernel(dtype), threads, sizes.sum(), params, grads, momentums, sizes, steps, scales, k, inv_scale)
+    update = _update_32bit_kernel(dtype, grad_dtype or dtype, mode=mode_of(dtype, weights))
+    rows = rows_of(weights, steps)
+    run(update, threads, sizes.sum(), params, grads, momentums, sizes, steps, scales, k, inv_scale, rows)
 
 
 def update_8bit_blockwise(
@@ -78,13 +98,15 @@ def update_8bit_blockwise(
     k: Float32Array,
     threads: int,
     inv_scale: float | np.float32 = 1.0,
+    grad_dtype: str | None = None,
+    weights: Weights = None,
 ) -> None:
     """Step tensors with blockwise 8-bit momentum, see :func:`lion.reference.update_8bit_blockwise`.
 
     The map is the signed dynamic map, the block size 256.
 
     Args:
-        dtype: The dtype of parameters and gradients: "float32", "float16" or "bfloat16".
+        dtype: The dtype of the parameters: "float32", "float16" or "bfloat16".
         params: Addresses of the parameters, updated in place.
         grads: Addresses of the gradients.
         codes: Addresses of the codes, uint8, updated in place.
@@ -95,24 +117,15 @@ def update_8bit_blockwise(
         k: float32 array of shape (6,): the fields of :class:`lion.reference.Coefficients`.
         threads: How many threads may work, at least 1.
         inv_scale: Factor that undoes the scaling of the loss, rounded to float32 (default: 1).
+        grad_dtype: The dtype of the gradients (default: None, that of the parameters).
+        weights: How bfloat16 parameters are kept (default: None, rounded to nearest).
 
     Raises:
-        ValueError: If ``dtype`` is another or ``threads`` is below 1.
+        ValueError: If a dtype is another, ``weights`` does not fit, or ``threads`` is below 1.
     """
-    run(
-        _update_8bit_kernel(dtype),
-        threads,
-        sizes.sum(),
-        params,
-        grads,
-        codes,
-        absmax,
-        sizes,
-        steps,
-        scales,
-        k,
-        inv_scale,
-    )
+    update = _update_8bit_kernel(dtype, grad_dtype or dtype, mode=mode_of(dtype, weights))
+    rows = rows_of(weights, steps)
+    run(update, threads, sizes.sum(), params, grads, codes, absmax, sizes, steps, scales, k, inv_scale, rows)
 
 
 def update_8bit_tensorwise(
@@ -128,11 +141,13 @@ def update_8bit_tensorwise(
     k: Float32Array,
     threads: int,
     inv_scale: float | np.float32 = 1.0,
+    grad_dtype: str | None = None,
+    weights: Weights = None,
 ) -> None:
     """Step tensors with tensor-wise 8-bit momentum, see :func:`lion.reference.update_8bit_tensorwise`.
 
     Args:
-        dtype: The dtype of parameters and gradients: "float32", "float16" or "bfloat16".
+        dtype: The dtype of the parameters: "float32", "float16" or "bfloat16".
         params: Addresses of the parameters, updated in place.
         grads: Addresses of the gradients.
         codes: Addresses of the codes, uint8, updated in place.
@@ -144,14 +159,19 @@ def update_8bit_tensorwise(
         k: float32 array of shape (6,): the fields of :class:`lion.reference.Coefficients`.
         threads: How many threads may work, at least 1.
         inv_scale: Factor that undoes the scaling of the loss, rounded to float32 (default: 1).
+        grad_dtype: The dtype of the gradients (default: None, that of the parameters).
+        weights: How bfloat16 parameters are kept (default: None, rounded to nearest).
 
     Raises:
-        ValueError: If ``dtype`` is another or ``threads`` is below 1.
+        ValueError: If a dtype is another, ``weights`` does not fit, or ``threads`` is below 1.
     """
     elements = sizes.sum()
-    reset, move, requantize, finish = _update_8bit_tensorwise_kernels(dtype)
+    move = _move_tensorwise_kernel(dtype, grad_dtype or dtype, mode=mode_of(dtype, weights))
+    requantize = _requantize_tensorwise_kernel(grad_dtype or dtype)
+    reset, finish = _ends_of_tensorwise_kernels()
+    rows = rows_of(weights, steps)
     run(reset, threads, 0, new_absmax)
-    run(move, threads, elements, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k, inv_scale)
+    run(move, threads, elements, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k, inv_scale, rows)
     run(requantize, threads, elements, grads, codes, absmax, new_absmax, sizes, scales, k, inv_scale)
     run(finish, threads, 0, absmax, new_absmax, sizes)
 
@@ -174,34 +194,44 @@ def count_step(address: int) -> None:
 
 
 @by_dtype
-def _update_32bit_kernel(dtype: str) -> Any:
-    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32)
-    def update(control, params, grads, momentums, sizes, steps, scales, k, inv_scale):  # type: ignore[no-untyped-def]
-        mode = enter(control)
+def _update_32bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
+    span = SPAN if mode == STOCHASTIC else CHUNK
+
+    @kernel(f"{dtype}_{grad_dtype}_{mode}", TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32, ROWS)
+    def update(control, params, grads, momentums, sizes, steps, scales, k, inv_scale, rows):  # type: ignore[no-untyped-def]
+        randoms = stack(RANDOM_ITEMS)
+        float_mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
         while tensor < sizes.size:
             param, grad, momentum, scale = params[tensor], grads[tensor], momentums[tensor], scales[tensor]
             if begin == 0:
                 count_step(steps[tensor])
-            for i in range(begin, end):
-                g = load(dtype, grad, i) * inv_scale * scale
-                m = load("float32", momentum, i)
-                c = beta1 * m + one_minus_beta1 * g
-                store(dtype, param, i, new_param(load(dtype, param, i), c, lr, decay))
-                store("float32", momentum, i, beta2 * m + one_minus_beta2 * g)
+            while begin < end:
+                stop = min(begin + span, end)
+                place = prepare(mode, rows, tensor, begin, stop, randoms)
+                for i in range(begin, stop):
+                    g = load(grad_dtype, grad, i) * inv_scale * scale
+                    m = load("float32", momentum, i)
+                    c = beta1 * m + one_minus_beta1 * g
+                    if mode == NEAREST:
+                        store(dtype, param, i, new_param(load(dtype, param, i), c, lr, decay))
+                    else:
+                        write(mode, param, place, i, new_param(read(mode, param, place, i), c, lr, decay))
+                    store("float32", momentum, i, beta2 * m + one_minus_beta2 * g)
+                begin = stop
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
-        leave(control, mode)
+        leave(control, float_mode)
 
     return update
 
 
 @by_dtype
-def _update_8bit_kernel(dtype: str) -> Any:
-    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32)
-    def update(control, params, grads, codes, absmax, sizes, steps, scales, k, inv_scale):  # type: ignore[no-untyped-def]
-        block, entries = stack(BLOCK_SIZE), stack(BLOCK_SIZE)
-        mode = enter(control)
+def _update_8bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
+    @kernel(f"{dtype}_{grad_dtype}_{mode}", TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32, ROWS)
+    def update(control, params, grads, codes, absmax, sizes, steps, scales, k, inv_scale, rows):  # type: ignore[no-untyped-def]
+        block, entries, randoms = stack(BLOCK_SIZE), stack(BLOCK_SIZE), stack(RANDOM_ITEMS)
+        float_mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
         while tensor < sizes.size:
@@ -212,12 +242,17 @@ def _update_8bit_kernel(dtype: str) -> Any:
                 size = min(BLOCK_SIZE, end - begin)
                 old = load("float32", absmax[tensor], begin // BLOCK_SIZE)
                 maximum = np.uint32(0)
+                place = prepare(mode, rows, tensor, begin, begin + size, randoms)
                 dequantize_block(code + begin, size, block)
                 for i in range(size):
-                    g = load(dtype, grad, begin + i) * inv_scale * scale
+                    j = begin + i
+                    g = load(grad_dtype, grad, j) * inv_scale * scale
                     m = load("float32", block, i) * old
                     c = beta1 * m + one_minus_beta1 * g
-                    store(dtype, param, begin + i, new_param(load(dtype, param, begin + i), c, lr, decay))
+                    if mode == NEAREST:
+                        store(dtype, param, j, new_param(load(dtype, param, j), c, lr, decay))
+                    else:
+                        write(mode, param, place, j, new_param(read(mode, param, place, j), c, lr, decay))
                     m = beta2 * m + one_minus_beta2 * g
                     store("float32", block, i, m)
                     maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
@@ -226,22 +261,20 @@ def _update_8bit_kernel(dtype: str) -> Any:
                 quantize_block(block, entries, size, new, code + begin)
                 begin += size
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
-        leave(control, mode)
+        leave(control, float_mode)
 
     return update
 
 
 @by_dtype
-def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
-    @kernel(dtype, TABLE)
-    def reset(control, new_absmax):  # type: ignore[no-untyped-def]
-        for tensor in range(new_absmax.size):
-            store("float32", new_absmax[tensor], 0, np.float32(0.0))
-
-    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32)
-    def move(control, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k, inv_scale):  # type: ignore[no-untyped-def]
-        block = stack(BLOCK_SIZE)
-        mode = enter(control)
+def _move_tensorwise_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
+    @kernel(
+        f"{dtype}_{grad_dtype}_{mode}",
+        *(TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32, ROWS),
+    )
+    def move(control, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k, inv_scale, rows):  # type: ignore[no-untyped-def]
+        block, randoms = stack(BLOCK_SIZE), stack(RANDOM_ITEMS)
+        float_mode = enter(control)
         lr, decay, beta1, one_minus_beta1, beta2, one_minus_beta2 = k[0], k[1], k[2], k[3], k[4], k[5]
         tensor, first, begin, end = pull(control, sizes, CHUNK, 0, 0)
         while tensor < sizes.size:
@@ -252,21 +285,31 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
             maximum = np.uint32(0)
             while begin < end:
                 size = min(BLOCK_SIZE, end - begin)
+                place = prepare(mode, rows, tensor, begin, begin + size, randoms)
                 dequantize_block(code + begin, size, block)
                 for i in range(size):
-                    g = load(dtype, grad, begin + i) * inv_scale * scale
+                    j = begin + i
+                    g = load(grad_dtype, grad, j) * inv_scale * scale
                     m = load("float32", block, i) * old
                     c = beta1 * m + one_minus_beta1 * g
-                    store(dtype, param, begin + i, new_param(load(dtype, param, begin + i), c, lr, decay))
+                    if mode == NEAREST:
+                        store(dtype, param, j, new_param(load(dtype, param, j), c, lr, decay))
+                    else:
+                        write(mode, param, place, j, new_param(read(mode, param, place, j), c, lr, decay))
                     m = beta2 * m + one_minus_beta2 * g
                     maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
                 begin += size
             atomic_max_bits(new_absmax[tensor], maximum)
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
-        leave(control, mode)
+        leave(control, float_mode)
 
+    return move
+
+
+@by_dtype
+def _requantize_tensorwise_kernel(grad_dtype: str) -> Any:
     # The new momentum is computed a second time, because there is nowhere to keep it.
-    @kernel(dtype, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32)
+    @kernel(grad_dtype, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32)
     def requantize(control, grads, codes, absmax, new_absmax, sizes, scales, k, inv_scale):  # type: ignore[no-untyped-def]
         block, entries = stack(BLOCK_SIZE), stack(BLOCK_SIZE)
         mode = enter(control)
@@ -280,7 +323,7 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
                 size = min(BLOCK_SIZE, end - begin)
                 dequantize_block(code + begin, size, block)
                 for i in range(size):
-                    g = load(dtype, grad, begin + i) * inv_scale * scale
+                    g = load(grad_dtype, grad, begin + i) * inv_scale * scale
                     m = load("float32", block, i) * old
                     store("float32", block, i, beta2 * m + one_minus_beta2 * g)
                 quantize_block(block, entries, size, new, code + begin)
@@ -288,7 +331,17 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
         leave(control, mode)
 
-    @kernel(dtype, TABLE, TABLE, TABLE)
+    return requantize
+
+
+@functools.cache
+def _ends_of_tensorwise_kernels() -> tuple[Any, Any]:
+    @kernel("", TABLE)
+    def reset(control, new_absmax):  # type: ignore[no-untyped-def]
+        for tensor in range(new_absmax.size):
+            store("float32", new_absmax[tensor], 0, np.float32(0.0))
+
+    @kernel("", TABLE, TABLE, TABLE)
     def finish(control, absmax, new_absmax, sizes):  # type: ignore[no-untyped-def]
         for tensor in range(sizes.size):
             if sizes[tensor] > 0:
@@ -296,4 +349,4 @@ def _update_8bit_tensorwise_kernels(dtype: str) -> tuple[Any, Any, Any, Any]:
                 store("float32", absmax[tensor], 0, new)
             store("float32", new_absmax[tensor], 0, load("float32", absmax[tensor], 0))
 
-    return reset, move, requantize, finish
+    return reset, finish

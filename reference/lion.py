@@ -6,13 +6,14 @@ flush to zero. Functions are pure: they take arrays and return new ones.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from lion.reference.clipping import UNSCALED
 from lion.reference.quantization import Float32Array, Uint8Array, dequantize_blockwise, quantize_blockwise
+from lion.reference.rounding import Weights, read_weights, write_weights
 
 BLOCK_SIZE = 256
 
@@ -67,7 +68,8 @@ def update_32bit(
     k: Coefficients,
     scale: np.float32 = UNSCALED,
     inv_scale: np.float32 = UNSCALED,
-) -> tuple[npt.NDArray[np.generic], Float32Array]:
+    weights: Weights = None,
+) -> tuple[npt.NDArray[Any], ...]:
     """Return parameter and momentum after one Lion step with float32 momentum.
 
     ::
@@ -77,7 +79,8 @@ def update_32bit(
         param    = round(float32(param) * decay - lr * sign(c))  one rounding to the parameter's dtype
         momentum = beta2 * momentum + (1 - beta2) * g
 
-    with sign(±0) = 0 and sign(NaN) = NaN.
+    with sign(±0) = 0 and sign(NaN) = NaN. The rounding is to nearest even unless ``weights`` says otherwise; with
+    ``Master`` weights, ``float32(param)`` is the master value, and ``round`` splits it.
 
     Args:
         param: The parameter, float32, float16 or bfloat16, any shape.
@@ -86,9 +89,13 @@ def update_32bit(
         k: The coefficients of the step.
         scale: Factor that clips the gradient, float32 (default: 1).
         inv_scale: Factor that undoes the scaling of the loss, float32 (default: 1).
+        weights: How a bfloat16 parameter is kept: ``Stochastic`` or ``Master`` (default: None, rounded to nearest).
 
     Returns:
-        The new parameter (the dtype of ``param``) and the new momentum (float32).
+        The new parameter (the dtype of ``param``), the new momentum (float32) and, with ``Master``, the new lower part.
+
+    Raises:
+        ValueError: If ``weights`` does not fit the parameter, or a number in it is out of its range.
 
     Source:
         arXiv 2302.06675, Algorithm 2; the decay is decoupled as there.
@@ -96,9 +103,11 @@ def update_32bit(
     with np.errstate(all="ignore"):
         g = grad.astype(np.float32) * inv_scale * scale
         c = k.beta1 * momentum + k.one_minus_beta1 * g
-        new_param = param.astype(np.float32) * k.decay - k.lr * np.sign(c)
+        new_param, *low = write_weights(
+            read_weights(param, weights) * k.decay - k.lr * np.sign(c), param.dtype, weights
+        )
         new_momentum = k.beta2 * momentum + k.one_minus_beta2 * g
-        return new_param.astype(param.dtype), new_momentum
+        return new_param, new_momentum, *low
 
 
 def update_8bit_blockwise(
@@ -111,7 +120,8 @@ def update_8bit_blockwise(
     scale: np.float32 = UNSCALED,
     block_size: int = BLOCK_SIZE,
     inv_scale: np.float32 = UNSCALED,
-) -> tuple[npt.NDArray[np.generic], Uint8Array, Float32Array]:
+    weights: Weights = None,
+) -> tuple[npt.NDArray[Any], ...]:
     """Return parameter, codes and absmax after one Lion step with blockwise 8-bit momentum.
 
     The momentum is dequantized, updated as in :func:`update_32bit`, and quantized again with the absmax of the
@@ -127,19 +137,22 @@ def update_8bit_blockwise(
         scale: Factor that clips the gradient, float32 (default: 1).
         block_size: Elements in a block (default: 256).
         inv_scale: Factor that undoes the scaling of the loss, float32 (default: 1).
+        weights: How a bfloat16 parameter is kept: ``Stochastic`` or ``Master`` (default: None, rounded to nearest).
 
     Returns:
-        The new parameter (the dtype of ``param``), codes (uint8) and absmax (float32).
+        The new parameter (the dtype of ``param``), codes (uint8), absmax (float32) and, with ``Master``, the new lower
+        part.
 
     Raises:
-        ValueError: If the map, the block size or the number of absmax values is invalid.
+        ValueError: If the map, the block size or the number of absmax values is invalid, or ``weights`` as in
+            :func:`update_32bit`.
 
     Source:
         arXiv 2302.06675, Algorithm 2, on the 8-bit states of arXiv 2110.02861.
     """
     momentum = dequantize_blockwise(codes, absmax, qmap, block_size)
-    new_param, new_momentum = update_32bit(param, grad, momentum, k, scale, inv_scale)
-    return new_param, *quantize_blockwise(new_momentum, qmap, block_size)
+    new_param, new_momentum, *low = update_32bit(param, grad, momentum, k, scale, inv_scale, weights)
+    return new_param, *quantize_blockwise(new_momentum, qmap, block_size), *low
 
 
 def update_8bit_tensorwise(
@@ -151,7 +164,8 @@ def update_8bit_tensorwise(
     k: Coefficients,
     scale: np.float32 = UNSCALED,
     inv_scale: np.float32 = UNSCALED,
-) -> tuple[npt.NDArray[np.generic], Uint8Array, Float32Array]:
+    weights: Weights = None,
+) -> tuple[npt.NDArray[Any], ...]:
     """Return parameter, codes and absmax after one Lion step with tensor-wise 8-bit momentum.
 
     The same as :func:`update_8bit_blockwise` with one block as large as the tensor.
@@ -165,14 +179,16 @@ def update_8bit_tensorwise(
         k: The coefficients of the step.
         scale: Factor that clips the gradient, float32 (default: 1).
         inv_scale: Factor that undoes the scaling of the loss, float32 (default: 1).
+        weights: How a bfloat16 parameter is kept: ``Stochastic`` or ``Master`` (default: None, rounded to nearest).
 
     Returns:
-        The new parameter (the dtype of ``param``), codes (uint8) and absmax (float32 of shape (1,)).
+        The new parameter (the dtype of ``param``), codes (uint8), absmax (float32 of shape (1,)) and, with ``Master``,
+        the new lower part.
 
     Raises:
-        ValueError: If the map or the shape of ``absmax`` is invalid.
+        ValueError: If the map or the shape of ``absmax`` is invalid, or ``weights`` as in :func:`update_32bit`.
 
     Source:
         bitsandbytes' Lion with ``block_wise=False``.
     """
-    return update_8bit_blockwise(param, grad, codes, absmax, qmap, k, scale, param.size, inv_scale)
+    return update_8bit_blockwise(param, grad, codes, absmax, qmap, k, scale, param.size, inv_scale, weights)

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
+from lion import reference
+
 Array = npt.NDArray[Any]
 
 FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
@@ -156,6 +158,11 @@ def dtypes() -> st.SearchStrategy[str]:
     return st.sampled_from(tuple(FLOAT_DTYPES))
 
 
+def grad_dtypes(dtype: str) -> st.SearchStrategy[str]:
+    """Names of the dtypes that gradients of a parameter may have: its own, and float32."""
+    return st.sampled_from((dtype, "float32"))
+
+
 def sizes(max_size: int = 5000) -> st.SearchStrategy[int]:
     """Element counts from 0 up to ``max_size``, half of them edges of a block or chunk."""
     return st.sampled_from([size for size in EDGE_SIZES if size <= max_size]) | st.integers(0, max_size)
@@ -168,7 +175,7 @@ def seeds() -> st.SearchStrategy[int]:
 
 def offsets(dtype: str) -> st.SearchStrategy[int]:
     """Byte offsets from a 64-byte boundary that are legal for a dtype: multiples of its item size."""
-    itemsize = FLOAT_DTYPES[dtype].itemsize
+    itemsize = np.dtype(FLOAT_DTYPES.get(dtype, dtype)).itemsize
     return st.integers(0, 64 // itemsize - 1).map(lambda items: items * itemsize)
 
 
@@ -247,6 +254,65 @@ def scales() -> st.SearchStrategy[np.float32]:
     clipping = st.floats(0.0, 1.0, width=32, exclude_min=True)
     any_bits = st.integers(0, 2**32 - 1).map(lambda pattern: np.uint32(pattern).view(np.float32))
     return st.just(np.float32(1.0)) | clipping.map(np.float32) | any_bits
+
+
+class Weights(NamedTuple):
+    """How parameters are kept: with so many master bits, or rounded at random by a seed, or, by neither, to nearest."""
+
+    bits: int | None = None
+    seed: int | None = None
+
+    @property
+    def low_dtype(self) -> str:
+        """The dtype of the lower parts."""
+        return "int16" if self.bits == 32 else "int8"
+
+    def lows(self, size: int) -> st.SearchStrategy[Array]:
+        """Lower parts: any bits, and fresh ones; empty where there are none."""
+
+        def make(seed: int) -> Array:
+            ends = np.iinfo(self.low_dtype)
+            drawn = np.random.default_rng(seed).integers(ends.min, ends.max + 1, size)
+            return (drawn if seed % 4 else np.zeros(size)).astype(self.low_dtype)
+
+        return st.just(np.zeros(0, np.int8)) if self.bits is None else seeds().map(make)
+
+    def of_reference(self, low: Array, step: np.float32, parameter: int, offset: int) -> Any:
+        """Return what the reference's updates take for a parameter whose step counter holds ``step``."""
+        if self.seed is not None:
+            return reference.Stochastic(self.seed, int(step + np.float32(1)), parameter, offset)
+        return None if self.bits is None else reference.Master(low)
+
+
+NEAREST = Weights()
+
+
+def weights(dtype: str) -> st.SearchStrategy[Weights]:
+    """Ways in which parameters of a dtype may be kept."""
+    if dtype != "bfloat16":
+        return st.just(NEAREST)
+    at_random = (st.integers(0, 2**64 - 1) | st.just(0)).map(lambda seed: Weights(seed=seed))
+    return st.just(NEAREST) | st.sampled_from([Weights(24), Weights(32)]) | at_random
+
+
+def parameter_numbers() -> st.SearchStrategy[int]:
+    """Places of a parameter among all that share a seed."""
+    return st.integers(0, 3) | st.integers(0, 2**32 - 1)
+
+
+def first_elements() -> st.SearchStrategy[int]:
+    """Indices of a shard's first element in the whole parameter: multiples of 8, others, and beyond 2**35."""
+    return (
+        st.just(0)
+        | st.integers(0, 2**20).map(lambda group: 8 * group)
+        | st.integers(2**35 - 5000, 2**35)
+        | (st.integers(0, 2**62))
+    )
+
+
+def step_counts() -> st.SearchStrategy[np.float32]:
+    """Values of a step counter, the last included, at which it stays."""
+    return (st.integers(0, 1000) | st.sampled_from([2**24 - 2, 2**24 - 1, 2**24])).map(np.float32)
 
 
 def options() -> st.SearchStrategy[dict[str, Any]]:

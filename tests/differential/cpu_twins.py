@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lion import reference
-from lion.cpu_kernels import clipping, device, lion, pool, portable, quantization
+from lion.cpu_kernels import clipping, device, lion, pool, portable, quantization, rounding
 from tests.comparing import Array
 from tests.strategies import FLOAT_DTYPES
 
@@ -35,7 +35,7 @@ def _at(dtype: str, address: int, index: int, count: int = 1) -> Array:
 
 def load(dtype: str, address: int, index: int) -> Any:
     value = _at(dtype, address, index)[0]
-    return np.uint32(value) if dtype in ("uint32", "uint8") else np.float32(value)
+    return value.astype(np.uint32) if dtype in device.INTEGERS else np.float32(value)
 
 
 def store(dtype: str, address: int, index: int, value: Any) -> None:
@@ -96,7 +96,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the twins in the place of the intrinsics."""
     _stacks.clear()
     twins = (load, store, stack, float_to_bits, bits_to_float, atomic_add, atomic_max_bits, pause, set_float_mode)
-    for module in (clipping, lion, pool, portable, quantization):
+    for module in (clipping, lion, pool, portable, quantization, rounding):
         for twin in (*twins, dequantize_group, quantize_group):
             if hasattr(module, twin.__name__):
                 monkeypatch.setattr(module, twin.__name__, twin)

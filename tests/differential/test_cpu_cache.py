@@ -23,7 +23,7 @@ places = [np.array([address], np.int64) for address in (param.ctypes.data, rest.
 k = np.array([1, 1, 0, 1, 0, 1], np.float32)
 one = np.ones(1, np.float32)
 cpu_kernels.update_32bit("{dtype}", *places, np.ones(1, np.int64), np.zeros(1, np.int64), one, k, 1)
-print(hex(param[0]), sum(lion._update_32bit_kernel("{dtype}").stats.cache_hits.values()))
+print(hex(param[0]), sum(lion._update_32bit_kernel("{dtype}", "{dtype}", mode=0).stats.cache_hits.values()))
 """
 
 

@@ -34,6 +34,9 @@ def many_threads_for_small_work(monkeypatch: pytest.MonkeyPatch) -> None:
         cpu_twins.install(monkeypatch)
 
 
+BUFFERS = ("param", "grad", "momentum", "codes", "absmax", "step", "low")
+
+
 class Tensor(NamedTuple):
     """A parameter and all that goes with it, each between guard bytes."""
 
@@ -43,7 +46,10 @@ class Tensor(NamedTuple):
     codes: Guarded
     absmax: Guarded
     step: Guarded
+    low: Guarded
     scale: np.float32
+    parameter: int = 0
+    offset: int = 0
 
 
 def addresses(buffers: list[Guarded]) -> npt.NDArray[np.int64]:
@@ -51,24 +57,33 @@ def addresses(buffers: list[Guarded]) -> npt.NDArray[np.int64]:
 
 
 @st.composite
-def tensors(draw: st.DrawFn, dtype: str, *, tensorwise: bool = False, max_size: int = 5000) -> list[Tensor]:
+def tensors(
+    draw: st.DrawFn,
+    dtype: str,
+    grad_dtype: str,
+    weights: strategies.Weights,
+    *,
+    tensorwise: bool = False,
+    max_size: int = 5000,
+) -> list[Tensor]:
     drawn = []
     for _ in range(draw(st.integers(1, 3))):
         size = draw(strategies.sizes(max_size))
         blocks = 1 if tensorwise else -(-size // 256)
         kinds = {
-            "param": (dtype, strategies.floats(dtype, size)),
-            "grad": (dtype, strategies.floats(dtype, size)),
-            "momentum": ("float32", strategies.floats("float32", size)),
-            "codes": ("uint8", strategies.codes(size)),
-            "absmax": ("float32", strategies.floats("float32", blocks).map(np.abs)),
-            "step": ("float32", st.just(np.array([draw(st.integers(0, 1000))], np.float32))),
+            "param": strategies.floats(dtype, size),
+            "grad": strategies.floats(grad_dtype, size),
+            "momentum": strategies.floats("float32", size),
+            "codes": strategies.codes(size),
+            "absmax": strategies.floats("float32", blocks).map(np.abs),
+            "step": strategies.step_counts().map(lambda step: np.array([step])),
+            "low": weights.lows(size),
         }
         buffers = {
-            name: guarded(draw(values), offset_bytes=draw(strategies.byte_offsets()))
-            for name, (kind, values) in kinds.items()
+            name: guarded(draw(values), offset_bytes=draw(strategies.byte_offsets())) for name, values in kinds.items()
         }
-        drawn.append(Tensor(scale=draw(strategies.scales()), **buffers))
+        place = draw(strategies.parameter_numbers()), draw(strategies.first_elements())
+        drawn.append(Tensor(**buffers, scale=draw(strategies.scales()), parameter=place[0], offset=place[1]))
     return drawn
 
 
@@ -84,6 +99,19 @@ def scales_of(drawn: list[Tensor]) -> npt.NDArray[np.float32]:
     return np.array([tensor.scale for tensor in drawn], np.float32)
 
 
+def weights_of(drawn: list[Tensor], weights: strategies.Weights) -> Any:
+    """Return how the tensors are kept, as the kernels take it."""
+    if weights.seed is not None:
+        parameters, offsets = (np.array([getattr(t, name) for t in drawn]) for name in ("parameter", "offset"))
+        return cpu_kernels.Stochastic(weights.seed, parameters, offsets)
+    return None if weights.bits is None else cpu_kernels.Master(weights.bits, *table(drawn, "low"))
+
+
+def reference_of(t: Tensor, old: dict[str, Array], weights: strategies.Weights) -> Any:
+    """Return how a tensor is kept, as the reference takes it."""
+    return weights.of_reference(old["low"], old["step"][0], t.parameter, t.offset)
+
+
 def check(
     drawn: list[Tensor], before: list[dict[str, Array]], expected: list[dict[str, Array]], k: reference.Coefficients
 ) -> None:
@@ -96,20 +124,24 @@ def check(
 
 
 def copies(drawn: list[Tensor]) -> list[dict[str, Array]]:
-    return [{name: getattr(t, name).array.copy() for name in t._fields if name != "scale"} for t in drawn]
+    return [
+        {name: buffer.array.copy() for name, buffer in zip(t._fields, t, strict=True) if name in BUFFERS} for t in drawn
+    ]
 
 
 @given(st.data(), strategies.dtypes(), strategies.hyperparameters(), strategies.inv_scales(), THREADS)
 def test_update_32bit(
     data: st.DataObject, dtype: str, hyper: tuple[Any, ...], inv_scale: np.float32, threads: int
 ) -> None:
-    drawn = data.draw(tensors(dtype))
+    grad_dtype, weights = data.draw(strategies.grad_dtypes(dtype)), data.draw(strategies.weights(dtype))
+    drawn = data.draw(tensors(dtype, grad_dtype, weights))
     k = reference.coefficients(*hyper)
     before = copies(drawn)
     expected = []
     for t, old in zip(drawn, before, strict=True):
-        param, momentum = reference.update_32bit(old["param"], old["grad"], old["momentum"], k, t.scale, inv_scale)
-        expected.append({"param": param, "momentum": momentum, "step": old["step"] + np.float32(1)})
+        kept = reference_of(t, old, weights)
+        new = reference.update_32bit(old["param"], old["grad"], old["momentum"], k, t.scale, inv_scale, kept)
+        expected.append(dict(zip(("param", "momentum", "low"), new, strict=False), step=old["step"] + np.float32(1)))
     cpu_kernels.update_32bit(
         dtype,
         *table(drawn, "param", "grad", "momentum"),
@@ -119,6 +151,8 @@ def test_update_32bit(
         np.array(k, np.float32),
         threads,
         inv_scale,
+        grad_dtype,
+        weights_of(drawn, weights),
     )
     check(drawn, before, expected, k)
 
@@ -127,15 +161,17 @@ def test_update_32bit(
 def test_update_8bit_blockwise(
     data: st.DataObject, dtype: str, hyper: tuple[Any, ...], inv_scale: np.float32, threads: int
 ) -> None:
-    drawn = data.draw(tensors(dtype))
+    grad_dtype, weights = data.draw(strategies.grad_dtypes(dtype)), data.draw(strategies.weights(dtype))
+    drawn = data.draw(tensors(dtype, grad_dtype, weights))
     k = reference.coefficients(*hyper)
     before = copies(drawn)
     expected = []
     for t, old in zip(drawn, before, strict=True):
-        new = reference.update_8bit_blockwise(
-            old["param"], old["grad"], old["codes"], old["absmax"], QMAP, k, t.scale, inv_scale=inv_scale
-        )
-        expected.append(dict(zip(("param", "codes", "absmax"), new, strict=True), step=old["step"] + np.float32(1)))
+        parts = old["param"], old["grad"], old["codes"], old["absmax"]
+        kept = reference_of(t, old, weights)
+        new = reference.update_8bit_blockwise(*parts, QMAP, k, t.scale, inv_scale=inv_scale, weights=kept)
+        names = ("param", "codes", "absmax", "low")
+        expected.append(dict(zip(names, new, strict=False), step=old["step"] + np.float32(1)))
     cpu_kernels.update_8bit_blockwise(
         dtype,
         *table(drawn, "param", "grad", "codes", "absmax"),
@@ -145,6 +181,8 @@ def test_update_8bit_blockwise(
         np.array(k, np.float32),
         threads,
         inv_scale,
+        grad_dtype,
+        weights_of(drawn, weights),
     )
     check(drawn, before, expected, k)
 
@@ -153,18 +191,19 @@ def test_update_8bit_blockwise(
 def test_update_8bit_tensorwise(
     data: st.DataObject, dtype: str, hyper: tuple[Any, ...], inv_scale: np.float32, threads: int
 ) -> None:
-    drawn = data.draw(tensors(dtype, tensorwise=True))
+    grad_dtype, weights = data.draw(strategies.grad_dtypes(dtype)), data.draw(strategies.weights(dtype))
+    drawn = data.draw(tensors(dtype, grad_dtype, weights, tensorwise=True))
     k = reference.coefficients(*hyper)
     before = copies(drawn)
     expected = []
     for t, old in zip(drawn, before, strict=True):
         new = {"step": old["step"] + np.float32(1)}
         if old["param"].size:
-            names = ("param", "codes", "absmax")
-            updated = reference.update_8bit_tensorwise(
-                old["param"], old["grad"], old["codes"], old["absmax"], QMAP, k, t.scale, inv_scale
-            )
-            new.update(zip(names, updated, strict=True))
+            names = ("param", "codes", "absmax", "low")
+            parts = old["param"], old["grad"], old["codes"], old["absmax"]
+            kept = reference_of(t, old, weights)
+            updated = reference.update_8bit_tensorwise(*parts, QMAP, k, t.scale, inv_scale, kept)
+            new.update(zip(names, updated, strict=False))
         expected.append(new)
     scratch = [guarded(np.full(1, np.nan, np.float32)) for _ in drawn]
     cpu_kernels.update_8bit_tensorwise(
@@ -177,6 +216,8 @@ def test_update_8bit_tensorwise(
         np.array(k, np.float32),
         threads,
         inv_scale,
+        grad_dtype,
+        weights_of(drawn, weights),
     )
     check(drawn, before, expected, k)
     for t, new_absmax in zip(drawn, scratch, strict=True):
@@ -197,6 +238,7 @@ def test_update_8bit_tensorwise_of_ordinary_numbers(sizes: tuple[int, ...]) -> N
             codes=guarded(random.integers(0, 256, size).astype(np.uint8)),
             absmax=guarded(np.array([0.5], np.float32)),
             step=guarded(np.zeros(1, np.float32)),
+            low=guarded(np.zeros(0, np.int8)),
             scale=np.float32(1),
         )
         for size in sizes
@@ -227,6 +269,8 @@ def test_updates_and_norms_have_the_defaults_of_the_reference(name: str) -> None
         assert own[shared].default == wanted[shared].default
     if "update" in name or "norm" in name:
         assert "inv_scale" in own.keys() & wanted.keys()
+    if "update" in name:
+        assert "weights" in own.keys() & wanted.keys()
 
 
 @pytest.mark.parametrize("update", ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"])
@@ -249,6 +293,64 @@ def test_step_without_a_counter(update: str) -> None:
         1,
     )
     assert_same_bits(param.array, np.full(size, 0.5, np.float32))
+
+
+@pytest.mark.parametrize("update", ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"])
+def test_rounding_at_random_without_a_counter_is_that_of_the_first_step(update: str) -> None:
+    """Some of these elements move, so that the random bits matter."""
+    size = 300
+    params = [guarded(np.ones(size, strategies.FLOAT_DTYPES["bfloat16"])) for _ in range(2)]
+    grads, momenta, codes = (
+        np.ones(size, np.float32),
+        np.zeros((2, size), np.float32),
+        np.full((2, size), 127, np.uint8),
+    )
+    absmax, maxima, step = np.zeros((2, 2), np.float32), np.zeros((2, 1), np.float32), np.zeros(1, np.float32)
+    states = {"update_32bit": [momenta], "update_8bit_blockwise": [codes, absmax]}.get(update, [codes, absmax, maxima])
+    getattr(cpu_kernels, update)(
+        "bfloat16",
+        addresses(params),
+        np.full(2, grads.ctypes.data),
+        *(np.array([row.ctypes.data for row in state]) for state in states),
+        np.array([size, size], np.int64),
+        np.array([0, step.ctypes.data]),
+        np.ones(2, np.float32),
+        np.array(reference.coefficients(1e-3, (0.9, 0.99), 0.0), np.float32),
+        1,
+        grad_dtype="float32",
+        weights=cpu_kernels.Stochastic(7, np.zeros(2, np.int64), np.zeros(2, np.int64)),
+    )
+    u = reference.random_bits(size, 0, 1, 0, 7)
+    expected = reference.stochastic_round(np.full(size, 1 - np.float32(1e-3)), u)
+    assert 0 < (expected == 1).sum() < size
+    for param in params:
+        assert_same_bits(param.array, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("update", ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"])
+def test_all_chunks_of_a_tensor_are_rounded_by_the_step_before_it_is_counted(update: str, threads: int) -> None:
+    """Chunks are worked on while the thread that has the first one counts the step."""
+    size = (1 if cpu_twins.DISABLE_JIT else 40) * 16384 + 100
+    param = guarded(np.ones(size, strategies.FLOAT_DTYPES["bfloat16"]))
+    grad, step = np.ones(size, strategies.FLOAT_DTYPES["bfloat16"]), np.full(1, 41, np.float32)
+    codes, absmax = np.full(size, 127, np.uint8), np.zeros(-(-size // 256), np.float32)
+    states = {"update_32bit": [np.zeros(size, np.float32)], "update_8bit_blockwise": [codes, absmax]}.get(
+        update, [codes, absmax, np.zeros(1, np.float32)]
+    )
+    getattr(cpu_kernels, update)(
+        "bfloat16",
+        *(np.array([array.ctypes.data]) for array in (param.array, grad, *states)),
+        np.array([size]),
+        np.array([step.ctypes.data]),
+        np.ones(1, np.float32),
+        np.array(reference.coefficients(1e-3, (0.9, 0.99), 0.0), np.float32),
+        threads,
+        weights=cpu_kernels.Stochastic(2**64 - 1, np.array([2**32 - 1]), np.array([2**40 + 3])),
+    )
+    u = reference.random_bits(size, 2**40 + 3, 42, 2**32 - 1, 2**64 - 1)
+    assert_same_bits(param.array, reference.stochastic_round(np.full(size, 1 - np.float32(1e-3)), u))
+    assert step[0] == 42
 
 
 @given(st.data(), strategies.dtypes(), strategies.inv_scales(), THREADS)
@@ -485,11 +587,24 @@ def test_flush_to_zero_of_the_caller_changes_nothing() -> None:
     assert_same_bits(result[1], expected[1])
 
 
+NO_TENSORS = np.zeros(0, np.int64)
+
+
+def update_with(dtype: str, grad_dtype: str | None, weights: Any) -> None:
+    tables, scales = [NO_TENSORS] * 5, np.zeros(0, np.float32)
+    cpu_kernels.update_32bit(dtype, *tables, scales, np.zeros(6, np.float32), 1, 1.0, grad_dtype, weights)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: cpu_kernels.squared_norm("float64", *[np.zeros(1, np.int64)] * 2, 1), "Invalid dtype: 'float64'"),
         (lambda: cpu_kernels.squared_norm("float32", *[np.zeros(1, np.int64)] * 2, 0), "Invalid threads: 0"),
+        (lambda: update_with("float64", None, None), "Invalid dtype: 'float64'"),
+        (lambda: update_with("bfloat16", "int8", None), "Invalid dtype: 'int8'"),
+        (lambda: update_with("float32", None, cpu_kernels.Master(32, NO_TENSORS)), "Invalid dtype: 'float32'; stoch"),
+        (lambda: update_with("float16", None, cpu_kernels.Stochastic(0, NO_TENSORS, NO_TENSORS)), "'float16'; stoch"),
+        (lambda: update_with("bfloat16", None, cpu_kernels.Master(16, NO_TENSORS)), "Invalid bits: 16; 24 or 32"),
         (lambda: cpu_kernels.quantize_blockwise("float32", 0, 0, 0, 0, QMAP, 0, 1), "Invalid block_size: 0"),
         (lambda: cpu_kernels.dequantize_blockwise("float32", 0, 0, 0, 0, QMAP[::-1], 64, 1), "Invalid qmap"),
     ],

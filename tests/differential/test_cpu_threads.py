@@ -189,7 +189,7 @@ def test_a_worker_that_comes_after_an_interruption_finds_no_work(fresh_pool: poo
     resume, done = threading.Event(), threading.Event()
     sizes, steps = np.array([300_000]), np.zeros(1, np.int64)
     param, grad, momentum = (np.ones(sizes[0], np.float32) for _ in range(3))
-    kernel = cpu_kernels.lion._update_32bit_kernel("float32")
+    kernel = cpu_kernels.lion._update_32bit_kernel("float32", "float32", mode=0)
     arguments = *map(table, ([param], [grad], [momentum])), sizes, steps, np.ones(1, np.float32), K, np.float32(1)
 
     def interrupted(control: npt.NDArray[np.int64], *args: Any) -> None:
@@ -238,6 +238,6 @@ def test_a_failing_kernel_raises_for_its_caller() -> None:
     """The worker meets the same failure, reports nothing of its own, and lives on."""
     sizes = np.zeros(1, np.int64)
     with pytest.raises(TypeError):
-        pool.run(cpu_kernels.lion._update_32bit_kernel("float32"), 2, 1 << 21, "no table")
+        pool.run(cpu_kernels.lion._update_32bit_kernel("float32", "float32", mode=0), 2, 1 << 21, "no table")
     stepped(0, 1)
     cpu_kernels.squared_norm("float32", sizes, sizes, 2)

@@ -77,6 +77,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "reference/clipping.py": (_tests("reference/test_clipping.py"),),
     "reference/lion.py": (_tests("reference/test_lion.py"),),
     "reference/quantization.py": (_tests("reference/test_quantization.py"),),
+    "reference/rounding.py": (_tests("reference/test_rounding.py"),),
     "cpu_kernels/clipping.py": (
         _kernels("percentile_clipping", "_clip_kernel", "percentile_clipping", as_python=True),
         _kernels("norm or percentile or invalid", as_python=True),
@@ -85,7 +86,11 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "cpu_kernels/lion.py": (
         _kernels("update_32bit", "_update_32bit_kernel", "new_param", "count_step", as_python=True),
         _kernels("test_update_8bit_blockwise", "_update_8bit_kernel", as_python=True),
-        _kernels("test_update_8bit_tensorwise", "_update_8bit_tensorwise_kernels", as_python=True),
+        _kernels(
+            "test_update_8bit_tensorwise",
+            *("_move_tensorwise_kernel", "_requantize_tensorwise_kernel", "_ends_of_tensorwise_kernels"),
+            as_python=True,
+        ),
         _kernels("update or at_thresholds or counter"),
     ),
     "cpu_kernels/quantization.py": (
@@ -98,6 +103,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _kernels("test_update_8bit_blockwise", as_python=True, lookups=portable.NAME),
         _kernels("8bit or at_thresholds or quantize", lookups=portable.NAME),
     ),
+    "cpu_kernels/rounding.py": (_kernels("update_32bit or at_random or all_chunks or invalid"),),
     "cpu_kernels/pool.py": (
         _kernels("squared_norm or invalid", as_python=True),
         _kernels("update_32bit or norm or invalid"),
