@@ -3,7 +3,8 @@
 from lion._state.adapting import adapted, momentum, placed, quantized
 from lion._state.checkpoints import check_parts, check_saved_group, converted, python_numbers
 from lion._state.checks import check_contents
-from lion._state.layout import Form, State, form_of, kind_in
+from lion._state.layout import Form, State, form_of, kind_in, rounding_seed_of
+from lion._state.master import join, split
 
 __all__ = [
     "Form",
@@ -14,9 +15,12 @@ __all__ = [
     "check_saved_group",
     "converted",
     "form_of",
+    "join",
     "kind_in",
     "momentum",
     "placed",
     "python_numbers",
     "quantized",
+    "rounding_seed_of",
+    "split",
 ]

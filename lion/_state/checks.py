@@ -12,6 +12,7 @@ from lion import functional, reference
 from lion._memory import addresses, sharding
 from lion._options import Kind
 from lion._state.layout import State, absmax_shapes, is_permuted, kind_in
+from lion._state.master import BITS
 
 _ROWS = ("absmax1", "max1", "new_max1")
 _GATHERED = ". It was gathered from shards: 8-bit state has to be converted before that (lion.exchange.to_exp_avg)"
@@ -26,7 +27,9 @@ def check(state: State, p: Tensor, name: str) -> None:
     check_contents(state, p, name)
     kind = kind_in(state)
     for key, value in state.items():
-        ordered = value.is_contiguous() or (key == "state1" and kind is Kind.FLOAT32 and is_permuted(value))
+        ordered = value.is_contiguous() or (
+            key in ("state1", "master_low") and kind is Kind.FLOAT32 and is_permuted(value)
+        )
         if value.device != p.device or not ordered or value.is_neg():
             raise ValueError(
                 f"Invalid state of {name}: {key!r} must be contiguous and on {p.device}; it is on {value.device}"
@@ -73,6 +76,9 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
         )
     if "gnorm_vec" in state:
         expected["gnorm_vec"] = (torch.float32, (reference.HISTORY,))
+    if "master_low" in state:
+        low_dtype = state["master_low"].dtype
+        expected["master_low"] = (low_dtype if low_dtype in BITS else torch.int16, tuple(p.shape))
     for key, (dtype, shape) in expected.items():
         if key not in state:
             raise ValueError(f"Invalid state of {name}: the key {key!r} is missing")
@@ -89,7 +95,7 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
 
 def check_sharded(state: State, name: str) -> None:
     """Raise unless the tensors that a DTensor's state keeps for its elements and blocks are DTensors."""
-    for key in ("state1", *_ROWS):
+    for key in ("state1", "master_low", *_ROWS):
         if key in state and not sharding.is_dtensor(state[key]):
             raise ValueError(f"Invalid state of {name}: {key!r} must be a DTensor, like the parameter")
 
