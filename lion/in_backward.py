@@ -6,14 +6,15 @@ import weakref
 from types import TracebackType
 
 from torch import Tensor, distributed
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from lion._memory import objects
 from lion._memory.sharding import is_dtensor
 from lion._options import check_group
 from lion._parameters import parameter_name
 from lion.optimizers import Lion
 
-_owners = WeakTensorKeyDictionary()
+_MARK = "_lion_in_backward"
+_all: weakref.WeakSet[StepInBackward] = weakref.WeakSet()
 
 
 class StepInBackward:
@@ -27,7 +28,8 @@ class StepInBackward:
     together or scaled by a ``GradScaler``. :meth:`Lion.step` may still be called: it steps what has a gradient left,
     such as parameters that were added or unfrozen later, and otherwise does nothing.
 
-    It ends with :meth:`remove`, or with a ``with`` block, or with the optimizer.
+    A parameter that ``Module.to`` gives other memory goes on being stepped. It ends with :meth:`remove`, or with a
+    ``with`` block, or with the optimizer.
 
     Args:
         optimizer: The optimizer; those of its parameters that require a gradient now are stepped in backward.
@@ -52,7 +54,7 @@ class StepInBackward:
                 name = parameter_name(group, number, index)
                 if p in self._steppers:
                     raise ValueError(f"Invalid optimizer: it holds {name} twice")
-                if p in _owners and _owners[p]() is not None:
+                if any(p in other._steppers for other in _all):
                     raise ValueError(f"Invalid optimizer: {name} is stepped in backward already")
                 if processes > 1 and not is_dtensor(p):
                     raise ValueError(
@@ -74,7 +76,21 @@ class StepInBackward:
                 alive._step(p)
 
         self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._steppers]
-        _owners.update(dict.fromkeys(self._steppers, owner))
+        self._marks: dict[Tensor, objects.Mark] = {}
+        for p in self._steppers:
+            self._watch(p)
+        _all.add(self)
+
+    def _watch(self, p: Tensor) -> None:
+        owner = weakref.ref(self)
+
+        def lost() -> None:
+            if (alive := owner()) is not None and p in alive._steppers:
+                # It has got another content, on which its hooks do not fire until they are set again.
+                p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks
+                alive._watch(p)
+
+        self._marks[p] = objects.mark(p, _MARK, lost)
 
     def _step(self, p: Tensor) -> None:
         stepper, number = self._steppers[p]
@@ -99,8 +115,9 @@ class StepInBackward:
         """End the steps in backward; the optimizer goes on with its own ``step``."""
         for hook in self._hooks:
             hook.remove()
+        self._marks.clear()
         for p in self._steppers:
-            _owners.pop(p, None)
+            vars(p).pop(_MARK, None)
         self._steppers.clear()
         self._hooks.clear()
 
