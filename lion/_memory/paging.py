@@ -84,8 +84,10 @@ def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor
         RuntimeError: If the platform has no pageable memory.
     """
     size = dtype.itemsize * shape.numel()
-    flat = _managed(size, device) if device.type == "cuda" else _mapped(size)
-    tensor = flat.view(dtype).view(shape)
+    # Views of an inference tensor do not tell whose they are.
+    with torch.inference_mode(False), torch.no_grad():
+        flat = _managed(size, device) if device.type == "cuda" else _mapped(size)
+        tensor = flat.view(dtype).view(shape)
     _made[_base(tensor)] = _forks
     return tensor
 
@@ -99,9 +101,10 @@ def empty_like(tensor: Tensor, shape: torch.Size) -> Tensor:
     return (empty if is_paged(tensor) else torch.empty)(shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def paged(states: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+def paged(states: Iterable[Mapping[str, object]]) -> list[Tensor]:
     """Return the tensors of some states that lie in pageable memory."""
-    return [tensor for state in states for tensor in state.values() if is_paged(tensor)]
+    entries = (value for state in states for value in state.values())
+    return [value for value in entries if isinstance(value, Tensor) and is_paged(value)]
 
 
 def prefetch(tensors: Iterable[Tensor]) -> None:
