@@ -6,6 +6,8 @@ import weakref
 from types import TracebackType
 
 from torch import Tensor, distributed
+from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
 
 from lion._memory import objects
 from lion._memory.sharding import is_dtensor
@@ -36,8 +38,9 @@ class StepInBackward:
 
     Raises:
         TypeError: If ``optimizer`` is none of this package.
-        ValueError: If a parameter is in the optimizer twice, is stepped in backward already, or is not sharded while
-            there are several processes, which would average gradients only after backward.
+        ValueError: If a parameter is in the optimizer twice, is stepped in backward already, is one of a lazy module
+            that has not run yet, or is not sharded while there are several processes, which would average gradients
+            only after backward.
     """
 
     def __init__(self, optimizer: Lion) -> None:
@@ -52,6 +55,8 @@ class StepInBackward:
                 if not (p.requires_grad and p.is_leaf):
                     continue
                 name = parameter_name(group, number, index)
+                if is_lazy(p):
+                    raise ValueError(f"Invalid optimizer: {name} has no shape yet; its module has to run once before")
                 if p in self._steppers:
                     raise ValueError(f"Invalid optimizer: it holds {name} twice")
                 if any(p in other._steppers for other in _all):
@@ -71,6 +76,7 @@ class StepInBackward:
         owner = weakref.ref(self)
         optimizer._in_backward = self
 
+        @_disable_dynamo
         def hook(p: Tensor) -> None:
             if (alive := owner()) is not None:
                 alive._step(p)
@@ -109,6 +115,8 @@ class StepInBackward:
             check_group(self._optimizer.param_groups[number], number)
             raise
         states.update(stepper.state)
+        # The states are the optimizer's, and freed with it.
+        stepper.state.clear()
         p.grad = None
 
     def remove(self) -> None:

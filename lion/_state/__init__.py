@@ -1,8 +1,8 @@
 """What is kept for a parameter: its layout, checks, conversions, and how it is saved and loaded."""
 
-from lion._state.adapting import adapted, momentum, placed, quantized
+from lion._state.adapting import adapted, momentum, placed, quantized, zero_momentum
 from lion._state.checkpoints import check_parts, check_saved_group, converted, python_numbers
-from lion._state.checks import check_contents
+from lion._state.checks import check_contents, is_reset
 from lion._state.layout import Form, State, form_of, kind_in
 
 __all__ = [
@@ -14,9 +14,11 @@ __all__ = [
     "check_saved_group",
     "converted",
     "form_of",
+    "is_reset",
     "kind_in",
     "momentum",
     "placed",
     "python_numbers",
     "quantized",
+    "zero_momentum",
 ]
