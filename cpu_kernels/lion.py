@@ -30,19 +30,9 @@ from lion.cpu_kernels.device import (
 )
 from lion.cpu_kernels.pool import Int64Array, enter, leave, pull, run
 from lion.cpu_kernels.quantization import CHUNK, dequantize_block, quantize_block, stored_absmax
-from lion.cpu_kernels.rounding import (
-    NEAREST,
-    RANDOM_ITEMS,
-    SPAN,
-    STOCHASTIC,
-    Weights,
-    mode_of,
-    prepare,
-    read,
-    rows_of,
-    write,
-)
+from lion.cpu_kernels.rounding import RANDOM_ITEMS, SPAN, Weights, mode_of, prepare, read, rows_of, write
 from lion.reference import BLOCK_SIZE
+from lion.reference.rounding import NEAREST, STOCHASTIC
 
 Float32Array = npt.NDArray[np.float32]
 SIGN = np.uint32(0x80000000)

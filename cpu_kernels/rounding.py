@@ -10,10 +10,17 @@ import numpy.typing as npt
 
 from lion.cpu_kernels.device import ROWS, TABLE, bits_to_float, float_to_bits, inlined, kernel, load, store
 from lion.cpu_kernels.pool import Int64Array, enter, leave, run
-from lion.reference.rounding import LOW_DTYPES, PHILOX_KEY_STEPS, PHILOX_MULTIPLIERS, QUIET_NAN, ROUNDS
-
-# How a parameter is kept; with a lower part, the bits of a master value.
-NEAREST, STOCHASTIC, MASTER_24, MASTER_32 = 0, 1, 24, 32
+from lion.reference.rounding import (
+    LOW_DTYPES,
+    MASTER_24,
+    MASTER_32,
+    NEAREST,
+    PHILOX_KEY_STEPS,
+    PHILOX_MULTIPLIERS,
+    QUIET_NAN,
+    ROUNDS,
+    STOCHASTIC,
+)
 
 # Columns of the rows that a kernel gets: with a lower part LOW alone, for rounding at random the others.
 LOW = 0

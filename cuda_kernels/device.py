@@ -20,6 +20,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from lion.cuda_kernels import table
+from lion.reference.rounding import QUIET_NAN
 
 SIMULATOR = bool(config.ENABLE_CUDASIM)
 
@@ -228,16 +229,81 @@ def byte(builder: Any, word: Any, place: Any) -> Any:
     return _call(builder, "llvm.nvvm.prmt", _I32, word, ir.Constant(_I32, 0), selector)
 
 
-def _top_bytes_twin(*words: Any) -> Any:
-    return np.uint32(sum((int(word) >> 24) << (8 * i) for i, word in enumerate(words)))
+def _permuted(builder: Any, a: Any, b: Any, selector: int) -> Any:
+    return _call(builder, "llvm.nvvm.prmt", _I32, a, b, ir.Constant(_I32, selector))
 
 
-@_intrinsic(_u32(_u32, _u32, _u32, _u32), _top_bytes_twin)
+def _bytes_twin(place: int) -> Callable[..., Any]:
+    return lambda *words: np.uint32(sum((int(word) >> (8 * place) & 0xFF) << (8 * i) for i, word in enumerate(words)))
+
+
+@_intrinsic(_u32(_u32, _u32, _u32, _u32), _bytes_twin(3))
 def top_bytes(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
     """Return the uppermost bytes of four words, that of ``a`` lowest."""
-    low = _call(builder, "llvm.nvvm.prmt", _I32, a, b, ir.Constant(_I32, 0x0073))
-    high = _call(builder, "llvm.nvvm.prmt", _I32, c, d, ir.Constant(_I32, 0x0073))
-    return _call(builder, "llvm.nvvm.prmt", _I32, low, high, ir.Constant(_I32, 0x5410))
+    return _permuted(builder, _permuted(builder, a, b, 0x0073), _permuted(builder, c, d, 0x0073), 0x5410)
+
+
+@_intrinsic(_u32(_u32, _u32, _u32, _u32), _bytes_twin(1))
+def second_bytes(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Return the second lowest bytes of four words, that of ``a`` lowest."""
+    return _permuted(builder, _permuted(builder, a, b, 0x0051), _permuted(builder, c, d, 0x0051), 0x5410)
+
+
+@_intrinsic(_u32(_u32, _u32), lambda a, b: np.uint32(int(a) & 0xFFFF | (int(b) & 0xFFFF) << 16))
+def low_halves(builder: Any, a: Any, b: Any) -> Any:
+    """Return the lower halves of two words, that of ``a`` lower."""
+    return _permuted(builder, a, b, 0x5410)
+
+
+@_intrinsic(_u32(_u32, _u32), lambda a, b: np.uint32(int(a) >> 16 | int(b) >> 16 << 16))
+def high_halves(builder: Any, a: Any, b: Any) -> Any:
+    """Return the upper halves of two words, that of ``a`` lower."""
+    return _permuted(builder, a, b, 0x7632)
+
+
+@_intrinsic(_u32(_u32, _u32), lambda word, place: (word >> np.uint32(16 * place)).astype(np.int16).astype(np.uint32))
+def signed_half(builder: Any, word: Any, place: Any) -> Any:
+    """Return one of a word's halves, the lower at place 0, with its sign extended."""
+    shift = builder.shl(place, ir.Constant(_I32, 4))
+    return builder.sext(builder.trunc(builder.lshr(word, shift), _I16), _I32)
+
+
+def _signed_byte_twin(word: Any, place: Any) -> Any:
+    return (word >> np.uint32(8 * place)).astype(np.int8).astype(np.uint32) << np.uint32(8)
+
+
+@_intrinsic(_u32(_u32, _u32), _signed_byte_twin)
+def signed_byte(builder: Any, word: Any, place: Any) -> Any:
+    """Return one of a word's bytes, the lowest at place 0, times 256, with its sign extended."""
+    zero, times = ir.Constant(_I32, 0), ir.Constant(_I32, 0x1110)
+    selector = builder.add(builder.mul(place, times), ir.Constant(_I32, 0x8804))
+    return _call(builder, "llvm.nvvm.prmt", _I32, word, zero, selector)
+
+
+def _multiply_twin(a: Any, b: Any) -> Any:
+    product = int(a) * int(b)
+    return np.uint32(product & 0xFFFFFFFF), np.uint32(product >> 32)
+
+
+@_intrinsic(types.UniTuple(_u32, 2)(_u32, _u32), _multiply_twin)
+def multiply_words(builder: Any, a: Any, b: Any) -> Any:
+    """Return the lower and the upper word of a product."""
+    product = builder.mul(builder.zext(a, _I64), builder.zext(b, _I64))
+    return builder.trunc(product, _I32), builder.trunc(builder.lshr(product, ir.Constant(_I64, 32)), _I32)
+
+
+def _quiet_twin(value: Any) -> Any:
+    return np.uint32(QUIET_NAN) if np.isnan(value) else np.float32(value).view(np.uint32)
+
+
+@_intrinsic(_u32(_f32), _quiet_twin)
+def quiet_bits(builder: Any, value: Any) -> Any:
+    """Return the bits of a result of arithmetic, those of the quiet NaN for a NaN.
+
+    The NaN of arithmetic, 0x7FFFFFFF, is the one pattern that is greater than 0x7FC00000 as a signed integer.
+    """
+    pattern, nan = builder.bitcast(value, _I32), ir.Constant(_I32, QUIET_NAN)
+    return builder.select(builder.icmp_signed("<", pattern, nan), pattern, nan)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -318,6 +384,12 @@ def load_i64(builder: Any, address: Any) -> Any:
     return _load(builder, address, _I64, 8)
 
 
+@_intrinsic(_void(_i64, _i64), _store_twin(np.int64))
+def store_i64(builder: Any, address: Any, value: Any) -> None:
+    """Write an int64."""
+    _store(builder, address, value, 8)
+
+
 @_intrinsic(_u32(_i64), _load_twin(np.uint32))
 def load_u32(builder: Any, address: Any) -> Any:
     """Return the uint32 at an address."""
@@ -367,6 +439,19 @@ def store_u8(builder: Any, address: Any, value: Any) -> None:
 
 
 _atomic_lock = threading.Lock()
+
+
+def _atomic_add_twin(address: Any, value: Any) -> Any:
+    with _atomic_lock:
+        before = load_i64(address)
+        store_i64(address, before + value)
+        return before
+
+
+@_intrinsic(_i64(_i64, _i64), _atomic_add_twin)
+def atomic_add_i64(builder: Any, address: Any, value: Any) -> Any:
+    """Add to the int64 at an address and return what it was."""
+    return builder.atomic_rmw("add", _pointer(builder, address, _I64), value, "monotonic")
 
 
 def _atomic_max_twin(address: Any, value: Any) -> None:

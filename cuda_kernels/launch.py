@@ -13,7 +13,7 @@ provides, in device memory:
 
 ``device`` is the index of the device, which must be the calling thread's current one; ``stream`` is the raw handle of
 a CUDA stream, 0 for the default stream. A call may be captured in a CUDA graph after a first one of its kind: with its
-dtype, and with or without a scaled loss.
+dtypes, with or without a scaled loss, and with its parameters kept in the same way.
 Under Numba's simulator the addresses are those of ordinary memory.
 """
 
@@ -30,8 +30,10 @@ from typing import Any
 import numpy as np
 
 from lion.cuda_kernels.table import WARPS
+from lion.reference.rounding import NEAREST
 
 SIMULATED_BLOCKS = 2
+UPDATES = ("update_32bit", "update_8bit_blockwise", "update_tensorwise")
 INSTALL = 'pip install "numba-lion[cu13]" (or "numba-lion[cu12]" for a driver of CUDA 12)'
 
 
@@ -79,13 +81,17 @@ def _version() -> str:
 
 
 @functools.cache
-def kernel(name: str, dtype: str | None, scaled_loss: bool = False) -> Any:
+def kernel(
+    name: str, dtype: str | None, scaled_loss: bool = False, grad_dtype: str | None = None, weights: int = NEAREST
+) -> Any:
     """Return the Python function of a kernel.
 
     Args:
         name: Name of the kernel, such as "update_32bit".
         dtype: "float32", "float16" or "bfloat16"; None for a kernel that reads no parameters and gradients.
         scaled_loss: Whether it is the kind of update that undoes the scaling of the loss (default: False).
+        grad_dtype: Of the kernels in ``UPDATES``, the dtype of the gradients (default: None, ``dtype``).
+        weights: Of the same, how the parameters are kept (default: ``NEAREST``).
 
     Returns:
         The function, to be compiled; its name on disk and in profilers tells what it is.
@@ -95,19 +101,23 @@ def kernel(name: str, dtype: str | None, scaled_loss: bool = False) -> Any:
 
     codes = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
     make = (vars(lion) | vars(quantization) | vars(clipping))[f"make_{name}"]
-    function = make() if dtype is None else make(codes[dtype], *[True] * scaled_loss)
+    options: dict[str, Any] = {"scaled_loss": True} if scaled_loss else {}
+    if name in UPDATES:
+        options |= {"grad_dtype": codes[grad_dtype or dtype], "weights": weights}
+    function = make() if dtype is None else make(codes[dtype], **options)
     # numba-cuda's disk cache names its files so; it would not notice a change in another module.
-    function.__qualname__ = f"{name}_{dtype or 'any'}{'_scaled' * scaled_loss}_{_version()}"
+    kind = f"{dtype or 'any'}{f'_{grad_dtype}' if grad_dtype else ''}{f'_weights{weights}' if weights else ''}"
+    function.__qualname__ = f"{name}_{kind}{'_scaled' * scaled_loss}_{_version()}"
     return function
 
 
 @functools.cache
-def _compiled(name: str, dtype: str | None, scaled_loss: bool, device: int) -> tuple[Any, int]:
+def _compiled(name: str, dtype: str | None, device: int, **kind: Any) -> tuple[Any, int]:
     """Return a kernel compiled for a device and the number of its blocks that the device runs at once."""
     require()
     from numba import config, cuda, types
 
-    function = kernel(name, dtype, scaled_loss)
+    function = kernel(name, dtype, **kind)
     dispatcher = cuda.jit(cache=True)(function)
     if config.ENABLE_CUDASIM:
         return dispatcher, SIMULATED_BLOCKS
@@ -125,10 +135,9 @@ def _stream(device: int, handle: int) -> Any:
     return cuda.external_stream(handle) if handle else cuda.default_stream()
 
 
-def _launch(
-    name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int, scaled_loss: bool = False
-) -> None:
-    dispatcher, resident = _compiled(name, dtype, scaled_loss, device)
+def _launch(name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int, **kind: Any) -> None:
+    """Launch a kernel; ``kind`` are further arguments of :func:`kernel`."""
+    dispatcher, resident = _compiled(name, dtype, device, **kind)
     grid = max(1, min(blocks, resident))
     if simulated():
         with warnings.catch_warnings():
@@ -163,46 +172,92 @@ def resident_blocks(device: int) -> int:
     return SIMULATED_BLOCKS if simulated() else 4 * cuda.gpus[device].MULTIPROCESSOR_COUNT
 
 
-def update_32bit(dtype: str, table: int, items: int, device: int, stream: int, scaled_loss: bool = False) -> None:
+def update_32bit(
+    dtype: str,
+    table: int,
+    items: int,
+    device: int,
+    stream: int,
+    scaled_loss: bool = False,
+    grad_dtype: str | None = None,
+    weights: int = NEAREST,
+) -> None:
     """Launch the update of a table's parameters and float32 momentum.
 
     Args:
-        dtype: "float32", "float16" or "bfloat16": that of parameters and gradients.
+        dtype: "float32", "float16" or "bfloat16": that of the parameters.
         table: Address of the table.
         items: Number of items in its work list, of unit 256.
         device: Index of the device.
         stream: Handle of the stream.
         scaled_loss: Whether the table has an ``inv_scale`` (default: False).
+        grad_dtype: The dtype of the gradients (default: None, that of the parameters).
+        weights: How the parameters are kept; all but ``lion.reference.rounding.NEAREST`` (default) for bfloat16 only.
+            ``STOCHASTIC`` takes the table's ``seed``, ``first_elements`` and ``parameters``, ``MASTER_24`` and
+            ``MASTER_32`` take its ``lows``.
+
+    Raises:
+        ValueError: If ``weights`` is not for this dtype.
     """
-    _launch("update_32bit", dtype, device, stream, items, table, scaled_loss=scaled_loss)
+    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights)
+    _launch("update_32bit", dtype, device, stream, items, table, **kind)
 
 
 def update_8bit_blockwise(
-    dtype: str, table: int, items: int, device: int, stream: int, scaled_loss: bool = False
+    dtype: str,
+    table: int,
+    items: int,
+    device: int,
+    stream: int,
+    scaled_loss: bool = False,
+    grad_dtype: str | None = None,
+    weights: int = NEAREST,
 ) -> None:
     """Launch the update of a table's parameters and blockwise 8-bit momentum; arguments as :func:`update_32bit`."""
-    _launch("update_8bit_blockwise", dtype, device, stream, items, table, scaled_loss=scaled_loss)
+    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights)
+    _launch("update_8bit_blockwise", dtype, device, stream, items, table, **kind)
 
 
 def update_8bit_tensorwise(
-    dtype: str, table: int, items: int, tensors: int, device: int, stream: int, scaled_loss: bool = False
+    dtype: str,
+    table: int,
+    items: int,
+    tensors: int,
+    device: int,
+    stream: int,
+    scaled_loss: bool = False,
+    grad_dtype: str | None = None,
+    weights: int = NEAREST,
 ) -> None:
     """Launch the update of a table's parameters and tensor-wise 8-bit momentum.
 
     Args:
-        dtype: "float32", "float16" or "bfloat16": that of parameters and gradients.
+        dtype: "float32", "float16" or "bfloat16": that of the parameters.
         table: Address of the table.
         items: Number of items in its work list, of unit 256.
         tensors: Number of tensors in the table.
         device: Index of the device.
         stream: Handle of the stream.
         scaled_loss: Whether the table has an ``inv_scale`` (default: False).
+        grad_dtype: The dtype of the gradients (default: None, that of the parameters).
+        weights: How the parameters are kept (default: ``NEAREST``), see :func:`update_32bit`.
+
+    Raises:
+        ValueError: If ``weights`` is not for this dtype.
     """
-    few = -(-tensors // (32 * WARPS))
+    kind, few = _kind_of(dtype, scaled_loss, grad_dtype, weights), -(-tensors // (32 * WARPS))
     _launch("begin_tensorwise", None, device, stream, few, table)
-    _launch("measure_tensorwise", dtype, device, stream, items, table, scaled_loss=scaled_loss)
-    _launch("update_tensorwise", dtype, device, stream, items, table, scaled_loss=scaled_loss)
+    _launch("measure_tensorwise", grad_dtype or dtype, device, stream, items, table, scaled_loss=scaled_loss)
+    _launch("update_tensorwise", dtype, device, stream, items, table, **kind)
     _launch("end_tensorwise", None, device, stream, few, table)
+
+
+def _kind_of(dtype: str, scaled_loss: bool, grad_dtype: str | None, weights: int) -> dict[str, Any]:
+    """Return an update's further arguments of :func:`kernel`, the same for the same kernel."""
+    if weights != NEAREST and dtype != "bfloat16":
+        raise ValueError(f"Invalid dtype: {dtype!r}; stochastic rounding and master values are for 'bfloat16'")
+    other = None if grad_dtype == dtype else grad_dtype
+    return {"scaled_loss": scaled_loss, "grad_dtype": other, "weights": weights}
 
 
 def partial_norms(dtype: str, table: int, items: int, device: int, stream: int) -> None:

@@ -14,10 +14,13 @@ import numpy as np
 from numba import cuda, float32, uint32
 
 from lion.cuda_kernels.device import (
+    BFLOAT16,
+    FLOAT16,
     FLOAT32,
     WARPS,
     abs_max,
     add,
+    atomic_add_i64,
     atomic_max_u32,
     bits,
     device,
@@ -33,7 +36,7 @@ from lion.cuda_kernels.device import (
     store_2_words,
     store_8,
     store_f32,
-    store_float,
+    store_i64,
     store_u8,
     sub,
 )
@@ -48,11 +51,24 @@ from lion.cuda_kernels.quantization import (
     stored_absmax,
     warp_max,
 )
+from lion.cuda_kernels.rounding import (
+    low_itemsize,
+    misaligned,
+    random_half,
+    random_words,
+    read_8_weights,
+    read_stream,
+    read_weight,
+    read_weights,
+    write_8_weights,
+    write_weight,
+)
 from lion.cuda_kernels.table import (
     ABSMAX,
     BETA1,
     BETA2,
     DECAY,
+    DONE,
     FOUND_INF,
     GRAD,
     INV_SCALE,
@@ -76,8 +92,10 @@ from lion.cuda_kernels.table import (
     TENSORS,
     WORK,
 )
+from lion.reference.rounding import NEAREST, STOCHASTIC
 
 SIGN_BIT = np.uint32(0x80000000)
+ITEMSIZES = {FLOAT32: 4, FLOAT16: 2, BFLOAT16: 2}
 
 
 @device
@@ -132,6 +150,17 @@ def count_step(row: int) -> None:
 
 
 @device
+def count_step_when_done(row: int, blocks: int, all_blocks: int) -> None:
+    """Add 1 to a tensor's step, by the block of threads that is the last to end an item: until then all read it."""
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        cuda.threadfence()
+        if atomic_add_i64(row + DONE, blocks) + blocks == all_blocks:
+            store_i64(row + DONE, 0)
+            count_step(row)
+
+
+@device
 def blend(beta: np.float32, momentum: np.float32, one_minus_beta: np.float32, g: np.float32) -> np.float32:
     """Return ``beta * momentum + one_minus_beta * g``: two products, then one sum."""
     return add(mul(beta, momentum), mul(one_minus_beta, g))
@@ -172,9 +201,11 @@ def step(k: Any, scale: np.float32, param: np.float32, grad: np.float32, momentu
     return descend(param, c, lr, decay), blend(beta2, momentum, one_minus_beta2, g)
 
 
-def make_update_32bit(dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
+def make_update_32bit(
+    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False
+) -> Callable[[int], None]:
     """Return the kernel that updates parameters of a dtype and their float32 momentum."""
-    itemsize = 4 if dtype == FLOAT32 else 2
+    itemsize, grad_itemsize, low_size = ITEMSIZES[dtype], ITEMSIZES[grad_dtype], low_itemsize(weights)
     unscaled = mul if scaled_loss else keep
 
     def update_32bit(table: int) -> None:
@@ -184,37 +215,44 @@ def make_update_32bit(dtype: int, scaled_loss: bool = False) -> Callable[[int], 
         item = cuda.blockIdx.x
         while item < items:
             row, first, end = read_item(table, item)
-            if first == 0 and cuda.threadIdx.x == 0:
+            if weights != STOCHASTIC and first == 0 and cuda.threadIdx.x == 0:
                 count_step(row)
             params, grads, momenta = load_i64(row + PARAM), load_i64(row + GRAD), load_i64(row + STATE)
             size, scale = load_i64(row + SIZE), read_scale(row)
-            wide_end = end_of_wide(first, end, size, params | grads | momenta)
+            lows, origin = read_weights(weights, row)
+            stream = read_stream(weights, table, row, False)
+            wide_end = end_of_wide(first, end, size, params | grads | momenta | misaligned(weights, lows, origin))
             i = first * 256 + cuda.threadIdx.x * 8
-            param, grad, momentum = params + i * itemsize, grads + i * itemsize, momenta + i * 4
+            param, grad, momentum = params + i * itemsize, grads + i * grad_itemsize, momenta + i * 4
+            lower, group = lows + i * low_size, (origin + i) >> 3
             while momentum < momenta + wide_end * (256 * 4):
-                load_8(dtype, param, p)
-                load_8(dtype, grad, g)
+                read_8_weights(weights, dtype, param, lower, p)
+                load_8(grad_dtype, grad, g)
                 load_8(FLOAT32, momentum, m)
                 for j in range(8):
                     p[j], m[j] = step(k, scale, p[j], unscaled(g[j], inv_scale), m[j])
-                store_8(dtype, param, p)
+                write_8_weights(weights, dtype, param, lower, p, random_words(weights, stream, group))
                 store_8(FLOAT32, momentum, m)
                 param += WARPS * 256 * itemsize
-                grad += WARPS * 256 * itemsize
+                grad += WARPS * 256 * grad_itemsize
                 momentum += WARPS * 256 * 4
+                lower += WARPS * 256 * low_size
+                group += WARPS * 32
             i = wide_end * 256 + cuda.threadIdx.x
             while i < min(end * 256, size):
-                param, momentum = params + i * itemsize, momenta + i * 4
+                param, momentum, lower = params + i * itemsize, momenta + i * 4, lows + i * low_size
                 new_param, new_momentum = step(
                     k,
                     scale,
-                    load_float(dtype, param),
-                    load_gradient(dtype, grads + i * itemsize, inv_scale),
+                    read_weight(weights, dtype, param, lower),
+                    load_gradient(grad_dtype, grads + i * grad_itemsize, inv_scale),
                     load_f32(momentum),
                 )
-                store_float(dtype, param, new_param)
+                write_weight(weights, dtype, param, lower, new_param, random_half(weights, stream, origin + i))
                 store_f32(momentum, new_momentum)
                 i += WARPS * 32
+            if weights == STOCHASTIC:
+                count_step_when_done(row, end - first, (size + 255) >> 8)
             item += cuda.gridDim.x
 
     return update_32bit
@@ -232,7 +270,7 @@ def fill_lookup(address: int, lookup: np.ndarray, thread: int) -> None:
 
 @device
 def new_momentum(
-    dtype: int,
+    grad_dtype: int,
     k: Any,
     inv_scale: np.float32,
     scale: np.float32,
@@ -242,35 +280,41 @@ def new_momentum(
     lookup: np.ndarray,
 ) -> np.float32:
     """Return the momentum after one step of the element whose gradient and code lie at these addresses."""
-    g = mul(load_gradient(dtype, grad, inv_scale), scale)
+    g = mul(load_gradient(grad_dtype, grad, inv_scale), scale)
     return blend(k[4], dequantize(load_u8(code), absmax, lookup), k[5], g)
 
 
 @device
 def update_8bit_element(
+    weights: int,
     dtype: int,
+    grad_dtype: int,
     k: Any,
     inv_scale: np.float32,
     scale: np.float32,
     param: int,
+    low: int,
     grad: int,
     code: int,
     absmax: np.float32,
     maximum: np.float32,
     factor: np.float32,
     lookup: np.ndarray,
+    random: np.uint32,
 ) -> None:
     """Update one element of a block whose new momentum has the greatest magnitude ``maximum``."""
     momentum = dequantize(load_u8(code), absmax, lookup)
-    g = load_gradient(dtype, grad, inv_scale)
-    new_param, momentum = step(k, scale, load_float(dtype, param), g, momentum)
-    store_float(dtype, param, new_param)
+    g = load_gradient(grad_dtype, grad, inv_scale)
+    new_param, momentum = step(k, scale, read_weight(weights, dtype, param, low), g, momentum)
+    write_weight(weights, dtype, param, low, new_param, random)
     store_u8(code, quantize(momentum, maximum, factor, lookup))
 
 
-def make_update_8bit_blockwise(dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
+def make_update_8bit_blockwise(
+    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False
+) -> Callable[[int], None]:
     """Return the kernel that updates parameters of a dtype and their 8-bit momentum: a warp per block of 256."""
-    itemsize = 4 if dtype == FLOAT32 else 2
+    itemsize, grad_itemsize, low_size = ITEMSIZES[dtype], ITEMSIZES[grad_dtype], low_itemsize(weights)
     unscaled = mul if scaled_loss else keep
 
     def update_8bit_blockwise(table: int) -> None:
@@ -284,30 +328,34 @@ def make_update_8bit_blockwise(dtype: int, scaled_loss: bool = False) -> Callabl
         item = cuda.blockIdx.x
         while item < items:
             row, first, end = read_item(table, item)
-            if first == 0 and cuda.threadIdx.x == 0:
+            if weights != STOCHASTIC and first == 0 and cuda.threadIdx.x == 0:
                 count_step(row)
             params, grads, codes = load_i64(row + PARAM), load_i64(row + GRAD), load_i64(row + STATE)
             scales, size, scale = load_i64(row + ABSMAX), load_i64(row + SIZE), read_scale(row)
-            wide_end = end_of_wide(first, end, size, params | grads | codes << 1)
+            lows, origin = read_weights(weights, row)
+            stream = read_stream(weights, table, row, False)
+            wide_end = end_of_wide(first, end, size, params | grads | codes << 1 | misaligned(weights, lows, origin))
             i = first * 256 + cuda.threadIdx.x * 8
-            param, grad, code = params + i * itemsize, grads + i * itemsize, codes + i
-            absmax = scales + (first + warp) * 4
+            param, grad, code = params + i * itemsize, grads + i * grad_itemsize, codes + i
+            lower, group, absmax = lows + i * low_size, (origin + i) >> 3, scales + (first + warp) * 4
             while absmax < scales + wide_end * 4:
-                load_8(dtype, param, p)
-                load_8(dtype, grad, g)
+                read_8_weights(weights, dtype, param, lower, p)
+                load_8(grad_dtype, grad, g)
                 low, high = load_2_words(code)
                 dequantize_8(low, high, load_f32(absmax), lookup, m)
                 for j in range(8):
                     p[j], m[j] = step(k, scale, p[j], unscaled(g[j], inv_scale), m[j])
-                store_8(dtype, param, p)
+                write_8_weights(weights, dtype, param, lower, p, random_words(weights, stream, group))
                 maximum = warp_max(abs_max_8(m, np.float32(0)))
                 if lane == 0:
                     store_f32(absmax, stored_absmax(maximum))
                 low, high = quantize_8(m, maximum, code_factor(maximum), lookup)
                 store_2_words(code, low, high)
                 param += WARPS * 256 * itemsize
-                grad += WARPS * 256 * itemsize
+                grad += WARPS * 256 * grad_itemsize
                 code += WARPS * 256
+                lower += WARPS * 256 * low_size
+                group += WARPS * 32
                 absmax += WARPS * 4
             block = wide_end + warp
             while block < end:
@@ -317,7 +365,7 @@ def make_update_8bit_blockwise(dtype: int, scaled_loss: bool = False) -> Callabl
                 i = block * 256 + lane
                 while i < block_end:
                     momentum = new_momentum(
-                        dtype, k, inv_scale, scale, grads + i * itemsize, codes + i, old_absmax, lookup
+                        grad_dtype, k, inv_scale, scale, grads + i * grad_itemsize, codes + i, old_absmax, lookup
                     )
                     maximum = abs_max(maximum, momentum)
                     i += 32
@@ -325,14 +373,17 @@ def make_update_8bit_blockwise(dtype: int, scaled_loss: bool = False) -> Callabl
                 factor = code_factor(maximum)
                 i = block * 256 + lane
                 while i < block_end:
-                    param, grad = params + i * itemsize, grads + i * itemsize
                     update_8bit_element(
-                        dtype, k, inv_scale, scale, param, grad, codes + i, old_absmax, maximum, factor, lookup
+                        *(weights, dtype, grad_dtype, k, inv_scale, scale, params + i * itemsize, lows + i * low_size),
+                        *(grads + i * grad_itemsize, codes + i, old_absmax, maximum, factor, lookup),
+                        random_half(weights, stream, origin + i),
                     )
                     i += 32
                 if lane == 0:
                     store_f32(scales + block * 4, stored_absmax(maximum))
                 block += WARPS
+            if weights == STOCHASTIC:
+                count_step_when_done(row, end - first, (size + 255) >> 8)
             item += cuda.gridDim.x
 
     return update_8bit_blockwise
@@ -353,9 +404,9 @@ def make_begin_tensorwise() -> Callable[[int], None]:
     return begin_tensorwise
 
 
-def make_measure_tensorwise(dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
+def make_measure_tensorwise(grad_dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
     """Return the kernel that gathers the greatest magnitude of each tensor's new momentum in ``new_absmax``."""
-    itemsize = 4 if dtype == FLOAT32 else 2
+    itemsize = ITEMSIZES[grad_dtype]
     unscaled = mul if scaled_loss else keep
 
     def measure_tensorwise(table: int) -> None:
@@ -377,7 +428,7 @@ def make_measure_tensorwise(dtype: int, scaled_loss: bool = False) -> Callable[[
                 i = first * 256 + cuda.threadIdx.x * 8
                 grad, code = grads + i * itemsize, codes + i
                 while code < codes + wide_end * 256:
-                    load_8(dtype, grad, g)
+                    load_8(grad_dtype, grad, g)
                     low, high = load_2_words(code)
                     dequantize_8(low, high, absmax, lookup, m)
                     for j in range(8):
@@ -387,7 +438,9 @@ def make_measure_tensorwise(dtype: int, scaled_loss: bool = False) -> Callable[[
                     code += WARPS * 256
                 i = wide_end * 256 + cuda.threadIdx.x
                 while i < min(end * 256, size):
-                    momentum = new_momentum(dtype, k, inv_scale, scale, grads + i * itemsize, codes + i, absmax, lookup)
+                    momentum = new_momentum(
+                        grad_dtype, k, inv_scale, scale, grads + i * itemsize, codes + i, absmax, lookup
+                    )
                     maximum = abs_max(maximum, momentum)
                     i += WARPS * 32
                 maximum = warp_max(maximum)
@@ -398,9 +451,11 @@ def make_measure_tensorwise(dtype: int, scaled_loss: bool = False) -> Callable[[
     return measure_tensorwise
 
 
-def make_update_tensorwise(dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
+def make_update_tensorwise(
+    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False
+) -> Callable[[int], None]:
     """Return the kernel that updates parameters and codes once ``new_absmax`` holds the greatest magnitudes."""
-    itemsize = 4 if dtype == FLOAT32 else 2
+    itemsize, grad_itemsize, low_size = ITEMSIZES[dtype], ITEMSIZES[grad_dtype], low_itemsize(weights)
     unscaled = mul if scaled_loss else keep
 
     def update_tensorwise(table: int) -> None:
@@ -418,27 +473,34 @@ def make_update_tensorwise(dtype: int, scaled_loss: bool = False) -> Callable[[i
             if size > 0:
                 absmax, maximum = load_f32(load_i64(row + ABSMAX)), load_f32(load_i64(row + NEW_ABSMAX))
                 factor = code_factor(maximum)
-                wide_end = end_of_wide(first, end, size, params | grads | codes << 1)
+                lows, origin = read_weights(weights, row)
+                stream = read_stream(weights, table, row, True)
+                addresses = params | grads | codes << 1 | misaligned(weights, lows, origin)
+                wide_end = end_of_wide(first, end, size, addresses)
                 i = first * 256 + cuda.threadIdx.x * 8
-                param, grad, code = params + i * itemsize, grads + i * itemsize, codes + i
+                param, grad, code = params + i * itemsize, grads + i * grad_itemsize, codes + i
+                lower, group = lows + i * low_size, (origin + i) >> 3
                 while code < codes + wide_end * 256:
-                    load_8(dtype, param, p)
-                    load_8(dtype, grad, g)
+                    read_8_weights(weights, dtype, param, lower, p)
+                    load_8(grad_dtype, grad, g)
                     low, high = load_2_words(code)
                     dequantize_8(low, high, absmax, lookup, m)
                     for j in range(8):
                         p[j], m[j] = step(k, scale, p[j], unscaled(g[j], inv_scale), m[j])
-                    store_8(dtype, param, p)
+                    write_8_weights(weights, dtype, param, lower, p, random_words(weights, stream, group))
                     low, high = quantize_8(m, maximum, factor, lookup)
                     store_2_words(code, low, high)
                     param += WARPS * 256 * itemsize
-                    grad += WARPS * 256 * itemsize
+                    grad += WARPS * 256 * grad_itemsize
                     code += WARPS * 256
+                    lower += WARPS * 256 * low_size
+                    group += WARPS * 32
                 i = wide_end * 256 + cuda.threadIdx.x
                 while i < min(end * 256, size):
-                    param, grad = params + i * itemsize, grads + i * itemsize
                     update_8bit_element(
-                        dtype, k, inv_scale, scale, param, grad, codes + i, absmax, maximum, factor, lookup
+                        *(weights, dtype, grad_dtype, k, inv_scale, scale, params + i * itemsize, lows + i * low_size),
+                        *(grads + i * grad_itemsize, codes + i, absmax, maximum, factor, lookup),
+                        random_half(weights, stream, origin + i),
                     )
                     i += WARPS * 32
             item += cuda.gridDim.x

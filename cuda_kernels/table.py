@@ -24,10 +24,12 @@ LOOKUP = 48
 PERCENTILE = 56
 INV_SCALE = 64
 FOUND_INF = 72
-ROWS = 80
+SEED = 80
+ROWS = 88
 
 # Row, in bytes from its start: int64.
-PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, SCALE, GNORM_VEC, PARTIALS, ROW_BYTES = range(0, 88, 8)
+PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, SCALE, GNORM_VEC, PARTIALS = range(0, 80, 8)
+LOW, FIRST_ELEMENT, PARAMETER, DONE, ROW_BYTES = range(80, 120, 8)
 
 # Work item, in bytes from its start: int64.
 ITEM_TENSOR, ITEM_FIRST, ITEM_END, ITEM_BYTES = range(0, 32, 8)
@@ -54,10 +56,15 @@ def table(
     scales: Int64Array | int = 0,
     gnorm_vecs: Int64Array | int = 0,
     partials: Int64Array | int = 0,
+    lows: Int64Array | int = 0,
+    first_elements: Int64Array | int = 0,
+    parameters: Int64Array | int = 0,
+    done: Int64Array | int = 0,
     lookup: int = 0,
     percentile: int = 100,
     inv_scale: int = 0,
     found_inf: int = 0,
+    seed: int = 0,
 ) -> Int64Array:
     """Return the words of a table, to be copied to the device.
 
@@ -75,20 +82,28 @@ def table(
         scales: Addresses of the float32 gradient scales; 0 where there is none.
         gnorm_vecs: Addresses of the histories, float32 of shape (100,).
         partials: Addresses of scratch, one float32 per 4096 elements.
+        lows: Addresses of the lower parts of master values, int16 or int8.
+        first_elements: Indices, in the whole parameters, of the tensors' first elements; for rounding at random.
+        parameters: The parameters' places among all that share the seed; for rounding at random.
+        done: Blocks of 256 elements that are not in the work list (default: 0); for rounding at random, where it is
+            scratch memory that ends as 0.
         lookup: Address of :func:`lookup_table` in device memory; used by the 8-bit updates only.
         percentile: Percentile of the clipping (default: 100).
         inv_scale: Address of the float32 factor that undoes the scaling of the loss; 0 where it was not scaled.
         found_inf: Address of a float32 that is not 0 where nothing is to change; 0 where there is none.
+        seed: Seed of the rounding at random, 0 to 2**64 - 1 (default: 0).
 
     Returns:
-        int64 array of shape (10 + 10 n,).
+        int64 array of shape (11 + 14 n,).
     """
     n = len(sizes)
     header = ROWS // 8
     words = np.zeros(header + n * ROW_BYTES // 8, np.int64)
     words[: WORK // 8] = k.astype(np.float32).view(np.int64)
-    words[WORK // 8 : header] = work, items, n, lookup, percentile, inv_scale, found_inf
+    signed_seed = np.uint64(seed).view(np.int64)
+    words[WORK // 8 : header] = work, items, n, lookup, percentile, inv_scale, found_inf, signed_seed
     columns: list[Any] = [params, grads, states, absmax, new_absmax, sizes, steps, scales, gnorm_vecs, partials]
+    columns += [lows, first_elements, parameters, done]
     rows = words[header:].reshape(n, -1)
     for i, column in enumerate(columns):
         rows[:, i] = column

@@ -23,6 +23,9 @@ QUIET_NAN = 0x7FC00000
 LOW_DTYPES: dict[int, np.dtype[Any]] = {24: np.dtype(np.int8), 32: np.dtype(np.int16)}
 """The dtype of the lower part, by the bits of a master value."""
 
+NEAREST, STOCHASTIC, MASTER_24, MASTER_32 = 0, 1, 24, 32
+"""How a parameter is kept, as kernels are told."""
+
 LAST_STEP = 2**24
 """The greatest number of a step: float32 counters, to which 1 is added, stay there."""
 
@@ -93,7 +96,8 @@ def split(values: Float32Array, bits: int) -> tuple[Array, Array]:
     if dropped:
         b = (b + (2 ** (dropped - 1) - 1) + (b >> dropped & 1)) >> dropped << dropped
     high = (b + 0x8000) >> 16
-    low = (b - (high << 16)) >> dropped
+    # Cut off to its width, b - (high << 16) is b.
+    low = b >> dropped
     return high.astype(np.uint16).view(BFLOAT16), low.astype(LOW_DTYPES[bits])
 
 
@@ -200,12 +204,12 @@ def random_bits(count: int, offset: int, step: int, parameter: int, seed: int) -
             raise ValueError(f"Invalid {name}: {value}; {first} to {last} is allowed")
     element = np.uint64(offset) + np.arange(count, dtype=np.uint64)
     group, place = element >> np.uint64(3), element & np.uint64(7)
-    counter = np.empty((count, 4), np.uint32)
-    counter[:, 0], counter[:, 1] = group.astype(np.uint32), group >> np.uint64(32)
-    counter[:, 2], counter[:, 3] = step, parameter
-    words = philox4x32(counter, np.array([seed & WORD, seed >> 32], np.uint32))
-    word = np.take_along_axis(words, (place[:, None] >> np.uint64(1)).astype(np.intp), axis=1)[:, 0]
-    return (word >> (16 * (place & np.uint64(1))).astype(np.uint32)).astype(np.uint16)
+    same = np.ones(count, np.uint32)
+    counter = [group.astype(np.uint32), (group >> np.uint64(32)).astype(np.uint32), same * np.uint32(step)]
+    counter.append(same * np.uint32(parameter))
+    words = philox4x32(np.stack(counter, axis=-1), np.array([seed & WORD, seed >> 32], np.uint32))
+    word = words[np.arange(count), (place >> np.uint64(1)).astype(np.intp)]
+    return np.where(place % 2 == 0, word, word >> np.uint32(16)).astype(np.uint16)
 
 
 def read_weights(param: Array, weights: Weights) -> Float32Array:

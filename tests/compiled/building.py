@@ -13,21 +13,52 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from lion.cuda_kernels import launch
+from lion.reference.rounding import MASTER_24, MASTER_32, NEAREST, STOCHASTIC
+
 Capability = tuple[int, int]
 
 CAPABILITIES: list[Capability] = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 DTYPES = ("float32", "float16", "bfloat16")
-UPDATES = ("update_32bit", "update_8bit_blockwise", "measure_tensorwise", "update_tensorwise")
-KERNELS: list[tuple[str, str | None, bool]] = [
-    *((name, dtype, scaled_loss) for name in UPDATES for dtype in DTYPES for scaled_loss in (False, True)),
+WEIGHTS = (STOCHASTIC, MASTER_24, MASTER_32)
+
+
+class Kernel(NamedTuple):
+    """A kernel: the arguments of :func:`lion.cuda_kernels.launch.kernel`."""
+
+    name: str
+    dtype: str | None
+    scaled_loss: bool = False
+    grad_dtype: str | None = None
+    weights: int = NEAREST
+
+    def __str__(self) -> str:
+        parts = [self.name, self.dtype, "scaled" * self.scaled_loss, self.grad_dtype]
+        return "-".join(filter(None, parts)) + f"-weights{self.weights}" * bool(self.weights)
+
+
+KERNELS = [
     *(
-        (name, dtype, False)
+        Kernel(name, dtype, scaled_loss)
+        for name in (*launch.UPDATES, "measure_tensorwise")
+        for dtype in DTYPES
+        for scaled_loss in (False, True)
+    ),
+    *(
+        Kernel(name, "bfloat16", scaled_loss, grad_dtype, weights)
+        for name in launch.UPDATES
+        for scaled_loss, grad_dtype in ((False, None), (True, None), (False, "float32"))
+        for weights in WEIGHTS
+    ),
+    *(Kernel(name, dtype, False, "float32") for name in launch.UPDATES for dtype in ("float16", "bfloat16")),
+    *(
+        Kernel(name, dtype)
         for name in ("partial_norms", "quantize_blockwise", "dequantize_blockwise")
         for dtype in DTYPES
     ),
-    *((name, None, False) for name in ("begin_tensorwise", "end_tensorwise", "squared_norm", "percentile_clipping")),
+    *(Kernel(name, None) for name in ("begin_tensorwise", "end_tensorwise", "squared_norm", "percentile_clipping")),
 ]
-"""Every kernel: its name, dtype and kind as :func:`lion.cuda_kernels.launch.kernel` takes them."""
+"""Every kernel, and all that it differs in, though not all of that at once."""
 
 
 class Binary(NamedTuple):

@@ -19,18 +19,16 @@ _launches = 0
 
 
 @functools.cache
-def module(name: str, dtype: str | None, capability: building.Capability, scaled_loss: bool = False) -> Any:
+def module(name: str, dtype: str | None, capability: building.Capability, **kind: Any) -> Any:
     """Return a kernel of the project, compiled for a compute capability and ready to run."""
-    return ptxrun.Module(building.ptx(launch.kernel(name, dtype, scaled_loss), capability))
+    return ptxrun.Module(building.ptx(launch.kernel(name, dtype, **kind), capability))
 
 
-def execute(
-    name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int, scaled_loss: bool = False
-) -> None:
+def execute(name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int, **kind: Any) -> None:
     """Do what ``launch._launch`` does, by the executor instead of a GPU: warps and blocks run in random order."""
     global _launches
     _launches += 1
-    information = module(name, dtype, CAPABILITY, scaled_loss).launch(
+    information = module(name, dtype, CAPABILITY, **kind).launch(
         None,
         max(1, min(blocks, BLOCKS)),
         32 * WARPS,

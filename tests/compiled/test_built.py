@@ -6,10 +6,12 @@ Both routes are read: the PTX, and the machine code that link-time optimisation 
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 
 from lion.cuda_kernels import launch
+from lion.reference.rounding import MASTER_24, MASTER_32, STOCHASTIC
 from tests.compiled import building
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
@@ -21,10 +23,7 @@ CAPABILITIES = [
     else pytest.param(capability, id=f"{capability[0]}.{capability[1]}", marks=pytest.mark.exhaustive)
     for capability in building.CAPABILITIES
 ]
-KERNELS = [
-    pytest.param(name, dtype, scaled_loss, id=f"{name}-{dtype}" + "-scaled" * scaled_loss)
-    for name, dtype, scaled_loss in building.KERNELS
-]
+every_kernel = pytest.mark.parametrize("kernel", building.KERNELS, ids=str)
 
 # The total of the partial norms is the one place where float64 is specified.
 FLOAT64 = {"squared_norm", "percentile_clipping"}
@@ -50,10 +49,10 @@ def in_loops(ptx: str) -> str:
     return "\n".join(lines[i] for i in sorted(inside))
 
 
-@pytest.mark.parametrize(("name", "dtype", "scaled_loss"), KERNELS)
+@every_kernel
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_ptx(capability: building.Capability, name: str, dtype: str | None, scaled_loss: bool) -> None:
-    ptx = building.ptx(launch.kernel(name, dtype, scaled_loss), capability)
+def test_ptx(capability: building.Capability, kernel: building.Kernel) -> None:
+    name, ptx = kernel.name, building.ptx(launch.kernel(*kernel), capability)
     found, repeated = operations(ptx), operations(in_loops(ptx))
     assert repeated, "no loop was found"
     assert {op for op in found if op.startswith(("ld.global", "st.global"))}, "the pattern finds nothing"
@@ -69,15 +68,15 @@ def test_ptx(capability: building.Capability, name: str, dtype: str | None, scal
     assert name not in WIDE_STORES or {op for op in found if re.match(r"st\.global\.v4\.\w32", op)}
 
 
-@pytest.mark.parametrize(("name", "dtype", "scaled_loss"), KERNELS)
+@every_kernel
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_machine_code(capability: building.Capability, name: str, dtype: str | None, scaled_loss: bool) -> None:
-    kernel = launch.kernel(name, dtype, scaled_loss)
+def test_machine_code(capability: building.Capability, kernel: building.Kernel) -> None:
+    name, function = kernel.name, launch.kernel(*kernel)
     for route in ("assembled", "link-time optimised"):
         if route == "assembled":
-            binary = building.assemble(building.ptx(kernel, capability), capability)
+            binary = building.assemble(building.ptx(function, capability), capability)
         else:
-            binary = building.link_time_optimized(kernel, capability)
+            binary = building.link_time_optimized(function, capability)
         assert binary.registers > 0, "the assembler's report was not understood"
         assert (binary.spill_bytes, binary.stack_bytes) == (0, 0), route
         if building.nvdisasm() is None:
@@ -90,3 +89,55 @@ def test_machine_code(capability: building.Capability, name: str, dtype: str | N
         assert name in DIVIDING or not {op for op in names if op.startswith("FFMA")}, route
         assert name not in WIDE_LOADS or {op for op in names if op.startswith("LDG") and ".128" in op}, route
         assert name not in WIDE_STORES or {op for op in names if op.startswith("STG") and ".128" in op}, route
+
+
+# Instructions of the main loop for eight elements, on compute capability 9.0.
+NEAREST_COUNTS = {
+    ("update_32bit", "float32"): 120,
+    ("update_32bit", "float16"): 137,
+    ("update_32bit", "bfloat16"): 137,
+    ("update_8bit_blockwise", "float32"): 256,
+    ("update_8bit_blockwise", "float16"): 274,
+    ("update_8bit_blockwise", "bfloat16"): 274,
+    ("update_tensorwise", "float32"): 229,
+    ("update_tensorwise", "float16"): 247,
+    ("update_tensorwise", "bfloat16"): 247,
+}
+MOST = {
+    "update_32bit": {STOCHASTIC: 32, MASTER_24: 26, MASTER_32: 26},
+    "update_8bit_blockwise": {STOCHASTIC: 48, MASTER_24: 42, MASTER_32: 42},
+    "update_tensorwise": {STOCHASTIC: 48, MASTER_24: 42, MASTER_32: 42},
+}
+
+
+def main_loop(kernel: building.Kernel) -> list[building.Instruction]:
+    binary = building.link_time_optimized(launch.kernel(*kernel), (9, 0))
+    return building.main_loop(building.disassemble(binary.cubin))
+
+
+@pytest.mark.skipif(building.nvdisasm() is None, reason="nvdisasm was not found")
+@pytest.mark.parametrize(("name", "dtype"), NEAREST_COUNTS)
+def test_rounding_to_nearest_costs_no_more_for_what_it_does_not_use(name: str, dtype: str) -> None:
+    assert len(main_loop(building.Kernel(name, dtype))) <= NEAREST_COUNTS[name, dtype]
+
+
+@pytest.mark.skipif(building.nvdisasm() is None, reason="nvdisasm was not found")
+@pytest.mark.parametrize("weights", building.WEIGHTS)
+@pytest.mark.parametrize("name", MOST)
+def test_16_bit_weights_stay_bound_by_memory(name: str, weights: int) -> None:
+    """And their lower parts are moved eight at once."""
+    body = main_loop(building.Kernel(name, "bfloat16", weights=weights))
+    plain = main_loop(building.Kernel(name, "bfloat16"))
+    assert len(body) / 8 <= MOST[name][weights]
+    for prefix in ("LDG", "STG"):
+        widths, expected = (
+            Counter(
+                next((width for width in ("128", "64") if width in i.name.split(".")), "less")
+                for i in instructions
+                if i.name.startswith(prefix)
+            )
+            for instructions in (body, plain)
+        )
+        if weights != STOCHASTIC:
+            expected["64" if weights == MASTER_24 else "128"] += 1
+        assert widths == expected

@@ -69,8 +69,28 @@ def test_update(
     kind: str, dtype: str, data: st.DataObject, hyper: object, scaled: bool, unscaling: strategies.Unscaling
 ) -> None:
     ptxrun.unregister()
-    drawn = data.draw(cases.tensors(dtype, tensorwise=kind.endswith("tensorwise")))
-    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled, unscaling=unscaling)
+    kinds = cases.Kinds(dtype, data.draw(strategies.grad_dtypes(dtype)))
+    drawn = data.draw(cases.tensors(kinds, tensorwise=kind.endswith("tensorwise")))
+    cases.check_update(MEMORY, kind, kinds, drawn, hyper, scaled, unscaling=unscaling)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)], ids=str)
+@pytest.mark.parametrize("weights", cases.WEIGHTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_of_16_bit_weights(
+    kind: str, weights: strategies.Weights, capability: building.Capability, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executing, "CAPABILITY", capability)
+
+    @some
+    @given(data=st.data(), hyper=strategies.hyperparameters(), unscaling=strategies.unscalings())
+    def check(data: st.DataObject, hyper: object, unscaling: strategies.Unscaling) -> None:
+        ptxrun.unregister()
+        kinds = cases.Kinds("bfloat16", data.draw(strategies.grad_dtypes("bfloat16")), weights)
+        drawn = data.draw(cases.tensors(kinds, tensorwise=kind.endswith("tensorwise")))
+        cases.check_update(MEMORY, kind, kinds, drawn, hyper, data.draw(st.booleans()), unscaling=unscaling)
+
+    check()
 
 
 @pytest.mark.parametrize("maximum", cases.MAXIMA)
@@ -97,7 +117,13 @@ def test_codes_come_back() -> None:
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_beyond_32_bits(kind: str, dtype: str) -> None:
-    cases.check_beyond_32_bits(MEMORY, kind, dtype)
+    cases.check_beyond_32_bits(MEMORY, kind, dtype, strategies.NEAREST)
+
+
+@pytest.mark.parametrize("weights", cases.WEIGHTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bit_weights_beyond_32_bits(kind: str, weights: strategies.Weights) -> None:
+    cases.check_beyond_32_bits(MEMORY, kind, "bfloat16", weights)
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)

@@ -6,6 +6,8 @@ memory that a launch may touch is reachable, and gradients are read-only.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ class ExecutedBackend(CudaBackend):
         self.batch = batch
         super().update(batch, step, loss_scale)
 
-    def execute(self, *arguments: int, scaled_loss: bool = False) -> None:
+    def execute(self, *arguments: int, **kind: Any) -> None:
         """Launch a kernel that reaches the batch's tensors and scratch memory, and nothing else."""
         self.launches += 1
         memory = self.batch.device_memory
@@ -51,7 +53,7 @@ class ExecutedBackend(CudaBackend):
         for tensor in fixed:
             ptxrun.register(to_numpy(tensor).reshape(-1).view(np.uint8), writable=False)
         try:
-            executing.execute(*arguments, scaled_loss=scaled_loss)
+            executing.execute(*arguments, **kind)
         finally:
             ptxrun.unregister()
 

@@ -6,7 +6,7 @@ reference, those that must not change included.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from lion import reference
 from lion.cuda_kernels import launch
 from lion.cuda_kernels.quantization import lookup_table
-from lion.cuda_kernels.table import table, work_list
+from lion.cuda_kernels.table import DONE, ROW_BYTES, ROWS, table, work_list
+from lion.reference.rounding import STOCHASTIC
 from tests import strategies
 from tests.comparing import assert_same_bits
 from tests.differential import conversions
@@ -44,9 +45,27 @@ class Memory(Protocol):
         """Return a copy, off by so many bytes from a 64-byte boundary."""
 
 
+class Kinds(NamedTuple):
+    """The dtypes of parameters and gradients, and how the parameters are kept."""
+
+    dtype: str
+    grad_dtype: str
+    weights: strategies.Weights = strategies.NEAREST
+
+
+FLOAT32 = Kinds("float32", "float32")
+WEIGHTS = (strategies.Weights(24), strategies.Weights(32), strategies.Weights(seed=2**63 + 12345))
+
+
+@st.composite
+def kinds(draw: st.DrawFn, dtype: str) -> Kinds:
+    """Kinds of parameters of a dtype."""
+    return Kinds(dtype, draw(strategies.grad_dtypes(dtype)), draw(strategies.weights(dtype)))
+
+
 @st.composite
 def tensors(
-    draw: st.DrawFn, dtype: str, *, tensorwise: bool = False, max_size: int = 5000, max_tensors: int = 3
+    draw: st.DrawFn, kinds: Kinds, *, tensorwise: bool = False, max_size: int = 5000, max_tensors: int = 3
 ) -> list[dict[str, tuple[Array, int]]]:
     """Tensors as dicts from names to (array, offset in bytes); half of them so aligned that wide accesses are used."""
     drawn = []
@@ -54,42 +73,52 @@ def tensors(
         size = draw(strategies.sizes(max_size))
         blocks = 1 if tensorwise else -(-size // 256)
         parts: dict[str, tuple[str, Any]] = {
-            "param": (dtype, strategies.floats(dtype, size)),
-            "grad": (dtype, strategies.floats(dtype, size)),
+            "param": (kinds.dtype, strategies.floats(kinds.dtype, size)),
+            "grad": (kinds.grad_dtype, strategies.floats(kinds.grad_dtype, size)),
             "momentum": ("float32", strategies.floats("float32", size)),
             "codes": ("uint8", strategies.codes(size)),
             "absmax": ("float32", strategies.floats("float32", blocks).map(np.abs)),
             "new_absmax": ("float32", strategies.floats("float32", 1)),
-            "step": ("float32", st.integers(0, 1000).map(lambda step: np.array([step], np.float32))),
+            "step": ("float32", strategies.step_counts().map(lambda step: np.array([step]))),
             "scale": ("float32", strategies.scales().map(lambda scale: np.array([scale], np.float32))),
+            "low": (kinds.weights.low_dtype, kinds.weights.lows(size)),
+            "parameter": ("int64", strategies.parameter_numbers().map(lambda number: np.array([number]))),
+            "first_element": ("int64", strategies.first_elements().map(lambda first: np.array([first]))),
         }
         aligned = draw(st.booleans())
         tensor = {}
         for name, (kind, values) in parts.items():
-            offset = strategies.byte_offsets() if kind == "uint8" else strategies.offsets(kind)
-            tensor[name] = (draw(values), 0 if aligned else draw(offset))
+            tensor[name] = (draw(values), 0 if aligned else draw(strategies.offsets(kind)))
         drawn.append(tensor)
     return drawn
 
 
 def _expected(
-    kind: str, old: dict[str, Array], k: reference.Coefficients, scale: np.float32, inv_scale: np.float32
+    kind: str,
+    weights: strategies.Weights,
+    old: dict[str, Array],
+    k: reference.Coefficients,
+    scale: np.float32,
+    inv_scale: np.float32,
+    missing: int,
 ) -> dict[str, Array]:
     new = {"step": old["step"] + np.float32(1)}
     if not old["param"].size:
         return new
+    first = int(old["first_element"][0]) + missing
+    kept = weights.of_reference(old["low"], old["step"][0], int(old["parameter"][0]), first)
     if kind == "update_32bit":
         names: tuple[str, ...] = ("param", "momentum")
         updated: tuple[Any, ...] = reference.update_32bit(
-            old["param"], old["grad"], old["momentum"], k, scale, inv_scale
+            old["param"], old["grad"], old["momentum"], k, scale, inv_scale, kept
         )
     else:
         names = ("param", "codes", "absmax")
         update = getattr(reference, kind)
-        updated = update(old["param"], old["grad"], old["codes"], old["absmax"], QMAP, k, scale, inv_scale=inv_scale)
-        if kind == "update_8bit_tensorwise":
-            names, updated = (*names, "new_absmax"), (*updated, updated[2])
-    return new | dict(zip(names, updated, strict=True))
+        parts = old["param"], old["grad"], old["codes"], old["absmax"]
+        updated = update(*parts, QMAP, k, scale, inv_scale=inv_scale, weights=kept)
+        new["new_absmax"] = updated[2] if kind == "update_8bit_tensorwise" else old["new_absmax"]
+    return new | dict(zip((*names, "low"), updated, strict=weights.bits is not None))
 
 
 def _put_unscaling(memory: Memory, unscaling: strategies.Unscaling) -> tuple[Buffer, Buffer]:
@@ -101,7 +130,7 @@ def _put_unscaling(memory: Memory, unscaling: strategies.Unscaling) -> tuple[Buf
 def check_update(
     memory: Memory,
     kind: str,
-    dtype: str,
+    kinds: Kinds,
     drawn: list[dict[str, tuple[Array, int]]],
     hyper: Any,
     scaled: bool,
@@ -113,7 +142,7 @@ def check_update(
     The first ``missing`` elements of each, a multiple of 256, are not there, and no work item touches them: so the
     rest of a tensor too large for memory is reached through the addresses the whole would have.
     """
-    k = reference.coefficients(*hyper)
+    (dtype, grad_dtype, weights), k = kinds, reference.coefficients(*hyper)
     before = [{name: array for name, (array, _) in tensor.items()} for tensor in drawn]
     buffers = [{name: memory.put(*part) for name, part in tensor.items()} for tensor in drawn]
     sizes = np.array([old["param"].size for old in before], np.int64)
@@ -127,14 +156,15 @@ def check_update(
         "new_absmax": "new_absmax",
         "steps": "step",
         "scales": "scale",
+        "lows": "low",
     }
     addresses: dict[str, Any] = {
         column: np.array([tensor[name].address for tensor in buffers], np.int64) for column, name in columns.items()
     }
     if not scaled:
         del addresses["scales"]
-    addresses["params"] -= missing * strategies.FLOAT_DTYPES[dtype].itemsize
-    addresses["grads"] -= missing * strategies.FLOAT_DTYPES[dtype].itemsize
+    for column, name in (("params", "param"), ("grads", "grad"), ("lows", "low")):
+        addresses[column] -= missing * drawn[0][name][0].itemsize
     addresses["states"] -= missing * (4 if kind == "update_32bit" else 1)
     if kind == "update_8bit_blockwise":
         addresses["absmax"] -= missing // 256 * 4
@@ -143,20 +173,28 @@ def check_update(
         addresses["inv_scale"] = inv_scale.address
     if unscaling.found_inf is not None:
         addresses["found_inf"] = found_inf.address
+    how = weights.bits or (weights.seed is not None) * STOCHASTIC
     words = table(
         np.array(k, np.float32),
         sizes + missing,
         work=work.address,
         items=len(items),
         lookup=lookup.address,
+        first_elements=np.concatenate([old["first_element"] for old in before]),
+        parameters=np.concatenate([old["parameter"] for old in before]),
+        done=missing // 256 if how == STOCHASTIC and kind != "update_8bit_tensorwise" else 0,
+        seed=weights.seed or 0,
         **addresses,
     )
     place = memory.put(words)
+    words[ROWS // 8 :].reshape(-1, ROW_BYTES // 8)[:, DONE // 8] = 0
     counts = (len(items), len(sizes)) if kind == "update_8bit_tensorwise" else (len(items),)
-    getattr(launch, kind)(dtype, place.address, *counts, 0, 0, unscaling.grad_scale is not None)
+    getattr(launch, kind)(dtype, place.address, *counts, 0, 0, unscaling.grad_scale is not None, grad_dtype, how)
     for tensor, old in zip(buffers, before, strict=True):
         scale = old["scale"][0] if scaled else np.float32(1)
-        new = {} if unscaling.found_inf else _expected(kind, old, k, scale, unscaling.inv_scale())
+        new = {}
+        if not unscaling.found_inf:
+            new = _expected(kind, weights, old, k, scale, unscaling.inv_scale(), missing)
         for name, buffer in tensor.items():
             assert_same_bits(buffer.read(), new.get(name, old[name]), what=name, inputs={**old, "k": k})
     for buffer, values in ((work, items), (lookup, lookup_table()), (place, words)):
@@ -167,7 +205,8 @@ def _tensor(param: Array, grad: Array, offset_bytes: int = 0, **states: Array) -
     """Return a tensor whose parts that no kernel is to read are empty."""
     parts = {"param": param, "momentum": np.zeros(0, np.float32), "codes": np.zeros(0, np.uint8)}
     parts |= {"absmax": np.zeros(0, np.float32), "new_absmax": np.zeros(1, np.float32)}
-    parts |= {"step": np.zeros(1, np.float32), "scale": np.ones(1, np.float32), **states}
+    parts |= {"step": np.zeros(1, np.float32), "scale": np.ones(1, np.float32), "low": np.zeros(0, np.int8)}
+    parts |= {"parameter": np.zeros(1, np.int64), "first_element": np.zeros(1, np.int64), **states}
     return {"grad": (grad, offset_bytes), **{name: (array, 0) for name, array in parts.items()}}
 
 
@@ -187,15 +226,18 @@ def check_codes_at_thresholds(memory: Memory, kind: str, maximum: np.float32) ->
     grad = np.concatenate([np.full((len(x), 1), maximum), x], axis=1).reshape(-1)
     absmax = np.zeros(len(x) if kind == "update_8bit_blockwise" else 1, np.float32)
     tensor = _tensor(np.zeros_like(grad), grad, codes=np.full(grad.size, 127, np.uint8), absmax=absmax)
-    check_update(memory, kind, "float32", [tensor], (1e-4, (0.0, 0.0), 0.0), False)
+    check_update(memory, kind, FLOAT32, [tensor], (1e-4, (0.0, 0.0), 0.0), False)
 
 
 # Greatest magnitudes of a block: ordinary, extreme, and with a reciprocal that is denormal.
 MAXIMA = [np.float32(x) for x in (1.0, 0.7, 2.0**-126, 1.2e-38, 3.4e-5, 2.0**22, 2.0**126, 3.4028235e38)]
 
 
-def check_beyond_32_bits(memory: Memory, kind: str, dtype: str) -> None:
+def check_beyond_32_bits(memory: Memory, kind: str, dtype: str, weights: strategies.Weights) -> None:
     """The last 300 elements of a tensor of more than 2**33, reached by 128-bit accesses and element by element."""
+    low = np.zeros(0, np.int8)
+    if weights.bits is not None:
+        low = np.random.default_rng(5).integers(-128, 128, 300).astype(weights.low_dtype)
     blocks = 1 if kind == "update_8bit_tensorwise" else 2
     tensor = {
         "param": (strategies.make_floats("gradients", dtype, 300, 1), 0),
@@ -206,11 +248,14 @@ def check_beyond_32_bits(memory: Memory, kind: str, dtype: str) -> None:
         "new_absmax": (np.zeros(1, np.float32), 0),
         "step": (np.zeros(1, np.float32), 0),
         "scale": (np.ones(1, np.float32), 0),
+        "low": (low, 0),
+        "parameter": (np.ones(1, np.int64), 0),
+        "first_element": (np.full(1, 2**36), 0),
     }
     # No item begins at block 0, so that none but the tensor-wise update's first kernel counts the step.
     if kind != "update_8bit_tensorwise":
         tensor["step"] = (np.full(1, 2.0**24, np.float32), 0)
-    check_update(memory, kind, dtype, [tensor], (1e-3, (0.9, 0.99), 0.1), True, missing=2**33)
+    check_update(memory, kind, Kinds(dtype, dtype, weights), [tensor], (1e-3, (0.9, 0.99), 0.1), True, missing=2**33)
 
 
 def check_squared_norm(
@@ -365,7 +410,7 @@ def check_widening(memory: Memory, dtype: str) -> None:
     grad = np.arange(1 << 16, dtype=np.uint16).view(strategies.FLOAT_DTYPES[dtype])
     for offset in (0, 2):  # by eight, and one at a time
         tensor = _tensor(np.zeros_like(grad), grad, offset, momentum=np.full(grad.size, -0.0, np.float32))
-        check_update(memory, "update_32bit", dtype, [tensor], (0.0, (0.0, 0.0), 0.0), False)
+        check_update(memory, "update_32bit", Kinds(dtype, dtype), [tensor], (0.0, (0.0, 0.0), 0.0), False)
 
 
 def check_rounding(
@@ -385,7 +430,7 @@ def check_rounding_of_parameters(memory: Memory, dtype: str) -> None:
     param = np.arange(1 << 16, dtype=np.uint16).view(strategies.FLOAT_DTYPES[dtype])
     for weight_decay in (0.5, 0.25, 2.0**-9 + 2.0**-20):
         tensor = _tensor(param, np.zeros_like(param), momentum=np.zeros(param.size, np.float32))
-        check_update(memory, "update_32bit", dtype, [tensor], (1.0, (0.9, 0.99), weight_decay), False)
+        check_update(memory, "update_32bit", Kinds(dtype, dtype), [tensor], (1.0, (0.9, 0.99), weight_decay), False)
 
 
 def check_codes_come_back(memory: Memory, absmax: npt.NDArray[np.float32]) -> None:
@@ -396,4 +441,4 @@ def check_codes_come_back(memory: Memory, absmax: npt.NDArray[np.float32]) -> No
     check_quantize_and_dequantize(memory, "float32", (values, 0), 256, QMAP)
     tensor = _tensor(np.zeros_like(values), np.zeros_like(values), codes=codes, absmax=absmax)
     # A beta2 just below 1 is 1 in float32: the update only dequantizes and quantizes.
-    check_update(memory, "update_8bit_blockwise", "float32", [tensor], (0.0, (0.0, 1 - 2.0**-53), 0.0), False)
+    check_update(memory, "update_8bit_blockwise", FLOAT32, [tensor], (0.0, (0.0, 1 - 2.0**-53), 0.0), False)

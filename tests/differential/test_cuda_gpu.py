@@ -47,6 +47,8 @@ class DeviceMemory:
 
 
 MEMORY = DeviceMemory()
+LARGE = [cases.Kinds(dtype, dtype) for dtype in strategies.FLOAT_DTYPES]
+LARGE += [cases.Kinds("bfloat16", "float32", weights) for weights in cases.WEIGHTS]
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
@@ -54,27 +56,33 @@ MEMORY = DeviceMemory()
 @many
 @given(data=st.data(), hyper=strategies.hyperparameters(), scaled=st.booleans())
 def test_update(kind: str, dtype: str, data: st.DataObject, hyper: object, scaled: bool) -> None:
-    drawn = data.draw(cases.tensors(dtype, tensorwise=kind.endswith("tensorwise")))
-    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled, unscaling=data.draw(strategies.unscalings()))
+    kinds = data.draw(cases.kinds(dtype))
+    drawn = data.draw(cases.tensors(kinds, tensorwise=kind.endswith("tensorwise")))
+    cases.check_update(MEMORY, kind, kinds, drawn, hyper, scaled, unscaling=data.draw(strategies.unscalings()))
 
 
-@pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
+@pytest.mark.parametrize("kinds", LARGE, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_large_update(kind: str, dtype: str) -> None:
+def test_large_update(kind: str, kinds: cases.Kinds) -> None:
     """Enough work for every block of the grid to take several items."""
+    dtype, grad_dtype, weights = kinds
     size = 5_000_003
+    low = np.zeros(0 if weights.bits is None else size, weights.low_dtype)
     blocks = 1 if kind == "update_8bit_tensorwise" else -(-size // 256)
     tensor = {
         "param": (strategies.make_floats("finite_bits", dtype, size, 1), 0),
-        "grad": (strategies.make_floats("gradients", dtype, size, 2), 0),
+        "grad": (strategies.make_floats("gradients", grad_dtype, size, 2), 0),
         "momentum": (strategies.make_floats("gradients", "float32", size, 3), 0),
         "codes": (strategies.make_codes(size, 4), 0),
         "absmax": (np.abs(strategies.make_floats("gradients", "float32", blocks, 5)), 0),
         "new_absmax": (np.zeros(1, np.float32), 0),
         "step": (np.zeros(1, np.float32), 0),
         "scale": (np.array([0.5], np.float32), 0),
+        "low": (low, 0),
+        "parameter": (np.zeros(1, np.int64), 0),
+        "first_element": (np.zeros(1, np.int64), 0),
     }
-    cases.check_update(MEMORY, kind, dtype, [tensor], (1e-3, (0.9, 0.99), 0.1), True)
+    cases.check_update(MEMORY, kind, kinds, [tensor], (1e-3, (0.9, 0.99), 0.1), True)
 
 
 @pytest.mark.parametrize("maximum", cases.MAXIMA)
@@ -106,7 +114,13 @@ def test_codes_come_back() -> None:
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_beyond_32_bits(kind: str, dtype: str) -> None:
-    cases.check_beyond_32_bits(MEMORY, kind, dtype)
+    cases.check_beyond_32_bits(MEMORY, kind, dtype, strategies.NEAREST)
+
+
+@pytest.mark.parametrize("weights", cases.WEIGHTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bit_weights_beyond_32_bits(kind: str, weights: strategies.Weights) -> None:
+    cases.check_beyond_32_bits(MEMORY, kind, "bfloat16", weights)
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)

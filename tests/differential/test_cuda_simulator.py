@@ -45,8 +45,19 @@ MEMORY = HostMemory()
 @few
 @given(st.data(), strategies.dtypes(), strategies.hyperparameters(), st.booleans())
 def test_update(kind: str, data: st.DataObject, dtype: str, hyper: object, scaled: bool) -> None:
-    drawn = data.draw(cases.tensors(dtype, tensorwise=kind.endswith("tensorwise"), max_size=600, max_tensors=2))
-    cases.check_update(MEMORY, kind, dtype, drawn, hyper, scaled, unscaling=data.draw(strategies.unscalings()))
+    kinds = data.draw(cases.kinds(dtype))
+    drawn = data.draw(cases.tensors(kinds, tensorwise=kind.endswith("tensorwise"), max_size=600, max_tensors=2))
+    cases.check_update(MEMORY, kind, kinds, drawn, hyper, scaled, unscaling=data.draw(strategies.unscalings()))
+
+
+@pytest.mark.parametrize("weights", cases.WEIGHTS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@few
+@given(data=st.data(), hyper=strategies.hyperparameters())
+def test_update_of_16_bit_weights(kind: str, weights: strategies.Weights, data: st.DataObject, hyper: object) -> None:
+    kinds = cases.Kinds("bfloat16", data.draw(strategies.grad_dtypes("bfloat16")), weights)
+    drawn = data.draw(cases.tensors(kinds, tensorwise=kind.endswith("tensorwise"), max_size=600, max_tensors=2))
+    cases.check_update(MEMORY, kind, kinds, drawn, hyper, True, unscaling=data.draw(strategies.unscalings()))
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
