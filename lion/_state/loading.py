@@ -13,7 +13,7 @@ from lion import _dynamic_map, reference
 from lion._memory import sharding
 from lion._options import Kind, shown
 from lion._state.adapting import adapted, momentum
-from lion._state.checks import check_contents, check_sharded, is_dense, is_zero
+from lion._state.checks import check_contents, check_memory, check_sharded, is_dense, is_zero
 from lion._state.layout import Form, State, foreign, is_unused, kind_in
 
 NESTED_KEY = "__bnb_optimizer_quant_state__"
@@ -130,6 +130,8 @@ def _flattened(saved: object, name: str) -> State:
             step = torch.tensor(float(step), device="cpu")
         except OverflowError:
             raise ValueError(f"Invalid state of {name}: 'step' is {shown(step)}; that is too large") from None
+    if is_dense(step) and not sharding.is_dtensor(step):
+        check_memory("step", step, name)
     if is_dense(step) and step.numel() == 1 and not step.is_complex():
         flat["step"] = step = step.detach().reshape(()).to(torch.float32)
         # The kernels take it as an int64.
