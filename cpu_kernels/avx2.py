@@ -116,8 +116,8 @@ def _encoded(magnitude: Float32Array, k: npt.NDArray[np.int64]) -> npt.NDArray[n
 def _assert_that_encoding_is_exact() -> None:
     """Check both ends of the 129 intervals of magnitudes with the same code; what lies between follows.
 
-    Within an interval, ``u`` ascends, and what is made of it ascends, in the last code of a class to one beyond the
-    next code's begin at most and then falls. So it is nowhere below the lesser end, nor above the greater.
+    Within an interval ``u`` ascends, and so does what is made of it; only in the last code of a class it falls again,
+    from the begin of the next code at most. So ``k`` is right or, where the fraction is 0, one too high.
     """
     k = np.arange(129)
     first = np.append(_LEAST, np.nextafter(_THRESHOLDS, np.float32(np.inf)))

@@ -32,9 +32,9 @@ INTEGERS = {"uint64": I64, "uint32": I32, "uint16": I16, "int16": I16, "uint8": 
 MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, **INTEGERS}
 MACHINE = platform.machine().lower()
 X86, ARM = MACHINE in ("x86_64", "amd64"), MACHINE in ("aarch64", "arm64")
-# What the processor has that Numba generates code for: this one, or the one that the user named.
-_NAMED_FEATURES = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
-FEATURES = frozenset(feature[1:] for feature in _NAMED_FEATURES.split(",") if feature.startswith("+"))
+# What the processor has that Numba generates code for: this one, or one that the user described.
+_DESCRIBED = get_host_cpu_features() if numba.config.CPU_FEATURES is None else numba.config.CPU_FEATURES
+FEATURES = frozenset(feature[1:] for feature in _DESCRIBED.split(",") if feature.startswith("+"))
 # Round to nearest even, keep denormals, raise nothing: the reset value of MXCSR or FPCR.
 DEFAULT_FLOAT_MODE = 0x1F80 if X86 else 0
 

@@ -31,13 +31,13 @@ NAN = np.float32(np.nan)
 ZERO_CODE = np.uint32(127)
 
 # The first that the processor has. Each has the same two functions for GROUP elements.
-vectors = next((module for module in (avx512, avx2) if module.AVAILABLE), None)
-LOOKUPS = portable.NAME if vectors is None else vectors.NAME
+grouped = next((module for module in (avx512, avx2) if module.AVAILABLE), None)
+LOOKUPS = portable.NAME if grouped is None else grouped.NAME
 
-if vectors is None:
+if grouped is None:
     dequantize_block, _quantize = portable.dequantize, portable.quantize
 else:
-    GROUP, dequantize_group, quantize_group = vectors.GROUP, vectors.dequantize_group, vectors.quantize_group
+    GROUP, dequantize_group, quantize_group = grouped.GROUP, grouped.dequantize_group, grouped.quantize_group
 
     # The last group may be short, and there need not be memory beyond the last code.
     @inlined

@@ -23,6 +23,9 @@ def parameter_name(group: Group, number: int, index: int) -> str:
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Raise unless a parameter can be updated, as far as that is known before it has a gradient."""
+    if torch.nn.parameter.is_lazy(p):
+        # A lazy module gives it a dtype and a shape in its first forward pass, without which it has no gradient.
+        return
     if p.layout != torch.strided:
         raise TypeError(f"Invalid {name}: layout {p.layout}; dense tensors are supported")
     if sharding.is_dtensor(p) and any(placement.is_partial() for placement in p.placements):

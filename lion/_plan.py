@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -27,6 +28,7 @@ _Shards: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]]"
 # Paged state updated by one kernel call, in bytes: it has to fit on a device beside everything else.
 _PORTION = 256 * 2**20
 _rounded = lru_cache(reference.coefficients)
+_grad = attrgetter("grad")
 
 
 class _Member(NamedTuple):
@@ -141,14 +143,17 @@ class Plan:
             ValueError: If a hyperparameter is not allowed.
         """
         steps = [_coefficients(groups[part.group], part.override, part.batch.device) for part in self._parts]
+        # By id, since a tensor's hash is a function in Python.
+        by_id = dict(zip(map(id, states.keys()), states.values(), strict=True))
         prepared = []
         numbers = self._numbers(groups) if any(part.batch.weights.seed is not None for part in self._parts) else {}
         try:
             for part, step in zip(self._parts, steps, strict=True):
                 own = [params[i] for i in part.members]
-                grads: Any = [shards[p] if part.batch.sharded else p.grad for p in own]
-                places = [numbers[id(p)] for p in own] if part.batch.weights.seed is not None else None
-                part.batch.take(own, grads, [states[p] for p in own], places)
+                grads: Any = [shards[p] for p in own] if part.batch.sharded else list(map(_grad, own))
+                ids = list(map(id, own))
+                places = list(map(numbers.__getitem__, ids)) if part.batch.weights.seed is not None else None
+                part.batch.take(own, grads, list(map(by_id.__getitem__, ids)), places)
                 prepared.append((part.batch, step))
         except BaseException:
             for batch, _ in prepared:
@@ -271,8 +276,21 @@ def _shards(p: Tensor, options: Mapping[str, Any]) -> _Shards | None:
     return None
 
 
+@lru_cache
+def _coefficients_of_numbers(*given: Any) -> StepCoefficients:
+    lr, betas, weight_decay = map(check_value, HYPERPARAMETERS, given)
+    return StepCoefficients(reference.coefficients(lr, betas, weight_decay), None, weight_decay)
+
+
 def _coefficients(group: Group, override: Mapping[str, Any], device: torch.device) -> StepCoefficients:
-    lr, betas, weight_decay = (check_value(key, override.get(key, group[key]), group) for key in HYPERPARAMETERS)
+    """Return the numbers of a step, checked; those of plain numbers are kept."""
+    given: Any = tuple(override.get(key, group[key]) for key in HYPERPARAMETERS)
+    lr, betas, weight_decay = given
+    if type(lr) is float and lr >= 0 and type(betas) is tuple and {*map(type, betas), type(weight_decay)} == {float}:
+        return _coefficients_of_numbers(*given)
+    lr, betas, weight_decay = (
+        check_value(key, value, group) for key, value in zip(HYPERPARAMETERS, given, strict=True)
+    )
     if isinstance(lr, Tensor):
         if lr.device == device and device.type == "cuda":
             return StepCoefficients(_rounded(0.0, betas, weight_decay), lr, weight_decay)

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from lion._memory import sharding
 from lion._options import Kind
-from lion._state import check_contents, check_parts, check_saved_group, momentum, quantized
+from lion._state import (
+    check_contents,
+    check_parts,
+    check_saved_group,
+    is_reset,
+    kind_in,
+    momentum,
+    quantized,
+    zero_momentum,
+)
 
 StateDict = Mapping[str, Any]
 
@@ -140,6 +149,9 @@ def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
         if sharding.is_dtensor(own["state1"]):
             raise ValueError(f"Invalid state of parameter {key!r}: a DTensor; bitsandbytes' optimizers have none")
         new = dict(own, step=int(own["step"]))
+        if "qmap1" in own and is_reset(own):
+            # There codes are made with the map of the state.
+            new.update(zero_momentum(own["state1"], kind_in(own)))
         if "max1" in own:
             del new["max1"], new["new_max1"]
             new.update(quantized(momentum(own), Kind.BLOCKWISE))

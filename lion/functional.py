@@ -5,16 +5,35 @@ Names and arguments are those of ``bitsandbytes.functional``; the values are tho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
-from lion import reference
+from lion import _dynamic_map, reference
 from lion._backends import DTYPES, for_device
 from lion._options import flag, integer, shown
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _not_compiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Return a function that torch.compile calls as it is: Numba has compiled it already."""
+    # Where nothing is compiled, calling this would only import torch's compiler, which takes long.
+    disabled = _disable_dynamo(function)
+
+    @wraps(function)
+    def wrapper(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return wrapper
 
 
 @dataclass
@@ -34,6 +53,7 @@ class QuantState:
     dtype: torch.dtype
 
 
+@_not_compiled
 def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
     """Return the dynamic quantization map; see :func:`lion.reference.create_dynamic_map`.
 
@@ -53,29 +73,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
     return torch.from_numpy(reference.create_dynamic_map(flag("signed", signed), *bits))
 
 
-# By device: the map that states share, and its version when it was last compared.
-_shared_maps: dict[torch.device, tuple[Tensor, int]] = {}
-
-
-def shared_dynamic_map(device: torch.device) -> Tensor:
-    """Return the signed dynamic map on a device: the same tensor for all who ask, until somebody writes to it.
-
-    Args:
-        device: The map's device.
-
-    Returns:
-        float32 tensor of 256, ascending.
-    """
-    shared, version = _shared_maps.get(device, (None, 0))
-    if shared is None or shared._version != version:
-        with torch.inference_mode(False):  # where tensors have no version
-            own = create_dynamic_map().to(device)
-        # torch.distributed.checkpoint loads into the tensors of a state, most often the same values.
-        shared = shared if shared is not None and torch.equal(shared, own) else own
-        _shared_maps[device] = shared, shared._version
-    return shared
-
-
+@_not_compiled
 def quantize_blockwise(
     A: Tensor,
     code: Tensor | None = None,
@@ -102,17 +100,18 @@ def quantize_blockwise(
     _check_dtype("A", A, tuple(DTYPES))
     blocksize = integer("blocksize", blocksize)
     count = _block_count(A.numel(), blocksize)
-    code = _checked_map(code, A.device)
+    qmap = _checked_map(code, A.device)
     if out is None:
         out = torch.empty(A.shape, dtype=torch.uint8, device=A.device)
     if absmax is None:
         absmax = torch.empty(count, dtype=torch.float32, device=A.device)
     _check_buffer("out", out, torch.uint8, tuple(A.shape), A.device)
     _check_buffer("absmax", absmax, torch.float32, (count,), A.device)
-    for_device(A.device).quantize_blockwise(_plain(A), out, absmax, code, blocksize)
-    return out, QuantState(absmax, code, blocksize, A.dtype)
+    for_device(A.device).quantize_blockwise(_plain(A), out, absmax, qmap, blocksize)
+    return out, QuantState(absmax, qmap if code is not None else _dynamic_map.copied(A.device), blocksize, A.dtype)
 
 
+@_not_compiled
 def dequantize_blockwise(
     A: Tensor,
     quant_state: QuantState | None = None,
@@ -161,6 +160,7 @@ def dequantize_blockwise(
     return out
 
 
+@_not_compiled
 def percentile_clipping(
     grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int = 5
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,7 +204,7 @@ def _block_count(numel: int, blocksize: int) -> int:
 
 def _checked_map(code: Tensor | None, device: torch.device) -> Tensor:
     if code is None:
-        return shared_dynamic_map(device)
+        return _dynamic_map.constant(device)
     _check_dtype("code", code, (torch.float32,))
     code = _plain(code)
     reference.quantize_thresholds(code.cpu().numpy())

@@ -6,14 +6,17 @@ import weakref
 from types import TracebackType
 
 from torch import Tensor, distributed
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
 
+from lion._memory import objects
 from lion._memory.sharding import is_dtensor
 from lion._options import check_group
 from lion._parameters import parameter_name
 from lion.optimizers import Lion
 
-_owners = WeakTensorKeyDictionary()
+_MARK = "_lion_in_backward"
+_all: weakref.WeakSet[StepInBackward] = weakref.WeakSet()
 
 
 class StepInBackward:
@@ -27,15 +30,17 @@ class StepInBackward:
     together or scaled by a ``GradScaler``. :meth:`Lion.step` may still be called: it steps what has a gradient left,
     such as parameters that were added or unfrozen later, and otherwise does nothing.
 
-    It ends with :meth:`remove`, or with a ``with`` block, or with the optimizer.
+    A parameter that ``Module.to`` gives other memory goes on being stepped. It ends with :meth:`remove`, or with a
+    ``with`` block, or with the optimizer.
 
     Args:
         optimizer: The optimizer; those of its parameters that require a gradient now are stepped in backward.
 
     Raises:
         TypeError: If ``optimizer`` is none of this package.
-        ValueError: If a parameter is in the optimizer twice, is stepped in backward already, or is not sharded while
-            there are several processes, which would average gradients only after backward.
+        ValueError: If a parameter is in the optimizer twice, is stepped in backward already, is one of a lazy module
+            that has not run yet, or is not sharded while there are several processes, which would average gradients
+            only after backward.
     """
 
     def __init__(self, optimizer: Lion) -> None:
@@ -52,9 +57,11 @@ class StepInBackward:
                 if not (p.requires_grad and p.is_leaf):
                     continue
                 name = parameter_name(group, number, index)
+                if is_lazy(p):
+                    raise ValueError(f"Invalid optimizer: {name} has no shape yet; its module has to run once before")
                 if p in self._steppers:
                     raise ValueError(f"Invalid optimizer: it holds {name} twice")
-                if p in _owners and _owners[p]() is not None:
+                if any(p in other._steppers for other in _all):
                     raise ValueError(f"Invalid optimizer: {name} is stepped in backward already")
                 if processes > 1 and not is_dtensor(p):
                     raise ValueError(
@@ -72,12 +79,27 @@ class StepInBackward:
         owner = weakref.ref(self)
         optimizer._in_backward = self
 
+        @_disable_dynamo
         def hook(p: Tensor) -> None:
             if (alive := owner()) is not None:
                 alive._step(p)
 
         self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._steppers]
-        _owners.update(dict.fromkeys(self._steppers, owner))
+        self._marks: dict[Tensor, objects.Mark] = {}
+        for p in self._steppers:
+            self._watch(p)
+        _all.add(self)
+
+    def _watch(self, p: Tensor) -> None:
+        owner = weakref.ref(self)
+
+        def lost() -> None:
+            if (alive := owner()) is not None and p in alive._steppers:
+                # It has got another content, on which its hooks do not fire until they are set again.
+                p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks
+                alive._watch(p)
+
+        self._marks[p] = objects.mark(p, _MARK, lost)
 
     def _step(self, p: Tensor) -> None:
         stepper, number = self._steppers[p]
@@ -96,14 +118,17 @@ class StepInBackward:
             check_group(self._optimizer.param_groups[number], number)
             raise
         states.update(stepper.state)
+        # The states are the optimizer's, and freed with it.
+        stepper.state.clear()
         p.grad = None
 
     def remove(self) -> None:
         """End the steps in backward; the optimizer goes on with its own ``step``."""
         for hook in self._hooks:
             hook.remove()
+        self._marks.clear()
         for p in self._steppers:
-            _owners.pop(p, None)
+            vars(p).pop(_MARK, None)
         self._steppers.clear()
         self._hooks.clear()
 

@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from lion._backends import LossScale, for_device, forgotten_on_error
@@ -110,6 +111,7 @@ class Lion(Optimizer):
         defaults.update((key, getattr(args, key)) for key in STATE_OPTIONS if hasattr(args, key))
         super().__init__(params, check_group(defaults))
 
+    @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options that it does not give are those of the constructor.
 
@@ -149,6 +151,8 @@ class Lion(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # torch.compile calls it as it is: Numba has compiled it already.
+    @_disable_dynamo
     @forgotten_on_error
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -229,6 +233,7 @@ class Lion(Optimizer):
         saved = super().state_dict()
         return {**saved, "param_groups": [python_numbers(group) for group in saved["param_groups"]]}
 
+    @_disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state and the hyperparameters of a checkpoint; all or nothing.
 
@@ -267,13 +272,16 @@ class Lion(Optimizer):
             for key, value in WEIGHT_OPTIONS.items():
                 group.setdefault(key, value)
         self._plans = ()
-        self._stepped = bool(self.state)
+        self._stepped = False
         self._leave_unscaling_to_fsdp1()
         # A copy of paged state is ordinary memory.
         overrides = GlobalOptimManager.get_instance().lookup()
         for group in self.param_groups:
             for p in group["params"]:
-                if self.state.get(p):
+                if "state1" in self.state.get(p, ()):
+                    self._stepped = True
+                    if torch.nn.parameter.is_lazy(p):
+                        continue
                     form = form_of(p, {**group, **overrides.get(id(p), {})})
                     self.state[p] = placed(self.state[p], form.paged)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
@@ -9,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from lion._memory import objects
 from lion._options import CHECKS, check_value, shown
 
 _IGNORED_UPSTREAM = frozenset({"is_sparse"})
+_MARK = "_lion_overrides"
 
 
 class GlobalOptimManager:
@@ -21,7 +23,8 @@ class GlobalOptimManager:
 
     There is one per process: :meth:`get_instance`. Options may be set before or after a parameter is registered and
     before or after an optimizer holds it; they take effect with the optimizer's next step, and state that exists
-    already is converted. Parameters are held weakly.
+    already is converted. No parameter is held alive; its options stay with the object, also when ``Module.to`` gives
+    it other memory.
 
     Overridable are ``lr``, ``betas``, ``weight_decay``, ``optim_bits``, ``min_8bit_size``, ``percentile_clipping``,
     ``block_wise``, ``is_paged``, ``master_weight_bits``, ``stochastic_rounding`` and ``rounding_seed``.
@@ -46,7 +49,8 @@ class GlobalOptimManager:
 
     def initialize(self) -> None:
         """Forget all overrides."""
-        self._configs = WeakTensorKeyDictionary()
+        # By the id of a parameter: its options, and what tells when it is gone.
+        self._configs: dict[int, tuple[dict[str, Any], objects.Mark]] = {}
         self._modules: list[tuple[weakref.ref[nn.Module], str, dict[str, Any]]] = []
         self.version = object()
 
@@ -111,6 +115,9 @@ class GlobalOptimManager:
     def register_module_override(self, module: nn.Module, param_name: str, config: Mapping[str, Any]) -> None:
         """Set options of a module's parameter by name; a parameter put in its place later has them too.
 
+        Where an attribute is computed from parameters, by a parametrization, a normalization or pruning of
+        ``torch.nn.utils``, the options are those of these parameters.
+
         Args:
             module: The module.
             param_name: Name of the parameter in the module, for instance ``"weight"``.
@@ -124,24 +131,58 @@ class GlobalOptimManager:
             raise TypeError(f"Invalid module: {type(module).__name__}; torch.nn.Module is allowed")
         if not isinstance(param_name, str):
             raise TypeError(f"Invalid param_name: {shown(param_name)}; a name is allowed")
-        if not isinstance(getattr(module, param_name, None), Tensor):
-            raise ValueError(f"Invalid param_name: {param_name!r}; {type(module).__name__} has no such parameter")
+        if not _parameters_behind(module, param_name):
+            raise ValueError(
+                f"Invalid param_name: {param_name!r}; {type(module).__name__} has no such parameter, nor any that is "
+                f"known to be behind it; it has {', '.join(module._parameters) or 'none'}"
+            )
         self._modules.append((weakref.ref(module), param_name, _checked(config)))
         self.version = object()
 
     def _merge(self, p: Tensor, config: dict[str, Any]) -> None:
-        self._configs[p] = {**self._configs.get(p, {}), **config}
+        # Without its old mark, which must not report that a new one takes its place.
+        before, _ = self._configs.pop(id(p), ({}, None))
+        self._keep(p, {**before, **config})
         self.version = object()
+
+    def _keep(self, p: Tensor, config: dict[str, Any]) -> None:
+        identity = id(p)
+        self._configs[identity] = config, objects.mark(p, _MARK, lambda: self._follow(identity))
+
+    def _follow(self, identity: int) -> None:
+        """Forget the options of a parameter that has died; keep those of one that has got another content."""
+        config, _ = self._configs.pop(identity, (None, None))
+        if config is None or sys.is_finalizing():
+            return
+        p = objects.living(identity)
+        if p is not None:
+            self._keep(p, config)
 
     def lookup(self) -> dict[int, dict[str, Any]]:
         """Return the options of every parameter that has some, by the parameter's id."""
-        found = {id(p): config for p, config in self._configs.items()}
+        found = {identity: config for identity, (config, _) in self._configs.copy().items()}
         for ref, name, config in self._modules:
             module = ref()
-            p = None if module is None else getattr(module, name, None)
-            if isinstance(p, Tensor):
+            for p in [] if module is None else _parameters_behind(module, name):
                 found[id(p)] = {**found.get(id(p), {}), **config}
         return found
+
+
+def _parameters_behind(module: nn.Module, name: str) -> list[Tensor]:
+    """Return a module's parameter, or those that an attribute of this name is computed from; computes nothing.
+
+    ``torch.nn.utils.parametrize`` keeps the latter in a list of their own; pruning, and ``weight_norm`` and
+    ``spectral_norm`` as they were before it, keep them in the module, under longer names.
+    """
+    while "_orig_mod" in module._modules:  # what torch.compile wraps
+        module = module._modules["_orig_mod"]  # type: ignore[assignment]
+    own = module._parameters
+    lists: Any = module._modules.get("parametrizations") or {}
+    if name in own or name not in lists:
+        found = [own.get(name)] if name in own else [own.get(name + end) for end in ("_orig", "_g", "_v")]
+    else:
+        found = list(lists[name]._parameters.values())
+    return [p for p in found if p is not None]
 
 
 def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,3 +204,5 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
 def _check_tensor(name: str, p: object) -> None:
     if not isinstance(p, torch.Tensor):
         raise TypeError(f"Invalid {name}: an item is {type(p).__name__}; tensors are allowed")
+    if not (p.is_leaf or p.retains_grad):
+        raise ValueError(f"Invalid {name}: an item is computed from other tensors; give the parameters among these")

@@ -167,7 +167,7 @@ class Batch:
         self.gradients = self._in_order(grads)
         addresses = list(map(_data_ptr, self.gradients))
         # Memory that a program took away: numbers that say so.
-        if any(size and not address for size, address in zip(self._sizes, addresses, strict=True)):
+        if 0 in addresses and any(size and not address for size, address in zip(self._sizes, addresses, strict=True)):
             raise StaleBatch
         self.table[GRAD] = addresses
         if numbers is not None:

@@ -97,8 +97,10 @@ def empty(
         RuntimeError: If the platform has no pageable memory.
     """
     size = dtype.itemsize * math.prod(shape)
-    flat = _managed(size, device) if device.type == "cuda" else _mapped(size)
-    tensor = flat.view(dtype).as_strided(shape, strides or contiguous_strides(shape))
+    # Views of an inference tensor do not tell whose they are.
+    with torch.inference_mode(False), torch.no_grad():
+        flat = _managed(size, device) if device.type == "cuda" else _mapped(size)
+        tensor = flat.view(dtype).as_strided(shape, strides or contiguous_strides(shape))
     _made[_base(tensor)] = _forks
     return tensor
 

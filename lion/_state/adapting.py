@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lion import functional, reference
+from lion import _dynamic_map, functional, reference
 from lion._memory import paging, sharding
 from lion._options import Kind
-from lion._state.checks import check, check_sharded
+from lion._state.checks import check, check_memory, check_sharded
 from lion._state.layout import (
+    OWN_KEYS,
     PAGED_KEYS,
     Form,
     State,
     create,
     empty_history,
+    foreign,
     fresh_low,
+    is_unused,
     kind_in,
     master_bits_in,
     momentum_strides,
@@ -29,14 +32,18 @@ _MOMENTUM_KEYS = {
 }
 
 
+# What is made in torch's inference mode could not be changed outside of it.
+@torch.inference_mode(False)
+@torch.no_grad()
 def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
     """Return a parameter's state in the form that its options ask for: the same object where it fits already.
 
     8-bit momentum is dequantized and float32 momentum quantized, which loses precision as any quantization does.
-    Lower parts begin as zeros, are converted by :func:`with_bits`, and are dropped where there are to be none.
+    Lower parts begin as zeros, are converted by :func:`with_bits`, and are dropped where there are to be none. Entries
+    that the program has put into a state stay in it.
 
     Args:
-        state: The state; None or empty for a parameter that has taken no step.
+        state: The state; None, or one without entries of ours, for a parameter that has taken no step.
         p: The parameter.
         form: What its state is to look like.
         name: What to call the parameter in an error.
@@ -45,24 +52,41 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
         ValueError: If the state does not fit the parameter.
         OSError: If there is no room or no permission for paged state.
     """
-    if not state:
-        return create(p, form)
-    if sharding.is_dtensor(p):
-        check_sharded(state, name)
-        local_state = sharding.unwrapped(state, p, name)
-        new = adapted(local_state, sharding.local(p), form, name)
-        return state if new is local_state else sharding.wrapped(new, p)
+    if not sharding.is_dtensor(p):
+        return _adapted(state or {}, p, form, name)
+    if state is None or is_unused(state):
+        return sharding.wrapped(_adapted(state or {}, sharding.local(p), form, name), p)
+    check_sharded(state, name)
+    local_state = sharding.unwrapped(state, p, name)
+    new = _adapted(local_state, sharding.local(p), form, name)
+    return state if new is local_state and not _inference_keys(state) else sharding.wrapped(new, p)
+
+
+def _adapted(old: State, p: Tensor, form: Form, name: str) -> State:
+    new = {**create(p, form), **old} if is_unused(old) else _fitting(old, p, form, name)
+    for key in OWN_KEYS:
+        if key in new and new[key] is not old.get(key):
+            check_memory(key, new[key], name)
+    return new
+
+
+def _fitting(state: State, p: Tensor, form: Form, name: str) -> State:
     step = state.get("step")
     if isinstance(step, Tensor) and step.device != p.device and not step.is_meta:
         # There torch's ZeroRedundancyOptimizer puts it when it loads.
         state = {**state, "step": step.to(p.device)}
     check(state, p, name)
+    inference = _inference_keys(state)
+    if inference:
+        state = {**state, **{key: state[key].clone() for key in inference}}
     old = kind_in(state)
+    if old is not Kind.FLOAT32 and not _dynamic_map.is_dynamic(state["qmap1"]):
+        state = {**state, **zero_momentum(p, old)}
     strides = momentum_strides(p, form)
     same_bits = master_bits_in(state) == form.master_bits
     if old is form.kind and form.clipped == ("gnorm_vec" in state) and same_bits:
         return placed(state, form.paged, strides)
-    new = {"step": state["step"]}
+    new = {"step": state["step"], **foreign(state)}
     if old is form.kind:
         new.update({key: state[key] for key in _MOMENTUM_KEYS[old]})
     else:
@@ -73,6 +97,17 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
         low = state.get("master_low")
         new["master_low"] = fresh_low(p, form.master_bits, form) if low is None else with_bits(low, form.master_bits)
     return placed(new, form.paged, strides)
+
+
+def _inference_keys(state: State) -> list[str]:
+    """Return the keys of a state's tensors that were made in inference mode: torch could not change them outside."""
+    return [key for key in OWN_KEYS if key in state and state[key].is_inference()]
+
+
+def zero_momentum(p: Tensor, kind: Kind) -> State:
+    """Return the part of a state that keeps a momentum of zero in the way of a kind."""
+    state = create(p, Form(kind, clipped=False, paged=False))
+    return {key: state[key] for key in _MOMENTUM_KEYS[kind]}
 
 
 def placed(state: State, paged: bool, strides: tuple[int, ...] | None = None) -> State:
@@ -119,16 +154,16 @@ def quantized(momentum: Tensor, kind: Kind) -> State:
     if kind is Kind.FLOAT32:
         return {"state1": momentum}
     momentum = momentum.contiguous()
-    shared = functional.shared_dynamic_map(momentum.device)
+    qmap = _dynamic_map.copied(momentum.device)
     if kind is Kind.BLOCKWISE:
-        codes, quantized = functional.quantize_blockwise(momentum, code=shared, blocksize=reference.BLOCK_SIZE)
-        return {"state1": codes, "qmap1": shared, "absmax1": quantized.absmax}
+        codes, quantized = functional.quantize_blockwise(momentum, blocksize=reference.BLOCK_SIZE)
+        return {"state1": codes, "qmap1": qmap, "absmax1": quantized.absmax}
     numel = momentum.numel()
-    array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 1))
+    array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), qmap.cpu().numpy(), max(numel, 1))
     maximum = torch.from_numpy(absmax).to(momentum.device) if numel else momentum.new_zeros(1)
     return {
         "state1": torch.from_numpy(array).to(momentum.device),
-        "qmap1": shared,
+        "qmap1": qmap,
         "max1": maximum,
         "new_max1": maximum.clone(),
     }

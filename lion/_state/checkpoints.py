@@ -8,15 +8,19 @@ from copy import deepcopy
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lion._options import CHECKS, HYPERPARAMETERS, STATE_OPTIONS, check_algorithm, check_group, check_value, shown
 from lion._parameters import parameter_name
-from lion._state.layout import State, form_of
-from lion._state.loading import load
+from lion._state.layout import form_of, is_unused
+from lion._state.loading import NESTED_KEY, load, moved
 from lion.overrides import GlobalOptimManager
 
 
+# What is made in torch's inference mode could not be changed outside of it.
+@torch.inference_mode(False)
+@torch.no_grad()
 def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the states and groups that a checkpoint gives an optimizer.
 
@@ -25,15 +29,15 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
         groups: The optimizer's parameter groups; their parameters and the options that shape the state stay.
 
     Returns:
-        A dict with the keys ``state``, by parameter, and ``param_groups``.
+        A dict with the keys ``state``, by parameter and with the program's own entries, and ``param_groups``.
 
     Raises:
         ValueError: If the checkpoint does not fit, naming the parameter or group and the key.
         OSError: If there is no room or no permission for paged state.
     """
-    saved_groups, saved_states = _parts(state_dict, groups)
+    saved_groups, saved_states, entries = _parts(state_dict, groups)
     new_groups = []
-    states: defaultdict[Tensor, State] = defaultdict(dict)
+    states: defaultdict[Any, Any] = defaultdict(dict, entries)
     overrides = GlobalOptimManager.get_instance().lookup()
     for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         own = {key: group[key] for key in ("params", "param_names", *STATE_OPTIONS) if key in group}
@@ -48,8 +52,12 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
             # A parameter that never had a gradient has no state, or an empty one.
             saved_state = saved_states.get(saved_id, {})
             if not isinstance(saved_state, Mapping) or saved_state:
-                form = form_of(p, {**new, **overrides.get(id(p), {})})
-                states[p] = load(saved_state, p, form, parameter_name(group, number, index))
+                name, place = parameter_name(group, number, index), _stand_in(p, saved_state)
+                form = form_of(place, {**new, **overrides.get(id(p), {})})
+                if isinstance(saved_state, Mapping) and is_unused(saved_state) and STATE_OPTIONS[0] not in saved:
+                    # Here it has entries of the program only; elsewhere the momentum is one of them.
+                    raise ValueError(f"Invalid state of {name}: the key 'state1' is missing")
+                states[p] = load(saved_state, place, form, name)
     return {"state": states, "param_groups": new_groups}
 
 
@@ -103,6 +111,17 @@ def check_saved_group(saved: Mapping[str, Any], number: int) -> None:
         raise ValueError(f"Invalid state_dict: {str(error).removeprefix('Invalid ')}") from None
 
 
+def _stand_in(p: Tensor, saved_state: object) -> Tensor:
+    """Return what a state is loaded for: for the parameter of a lazy module, which has no shape yet, what it may be."""
+    if not torch.nn.parameter.is_lazy(p):
+        return p
+    saved = saved_state if isinstance(saved_state, Mapping) else {}
+    nested = saved.get(NESTED_KEY)
+    momentum = {**saved, **(nested if isinstance(nested, Mapping) else {})}.get("state1")
+    shape = momentum.shape if isinstance(momentum, Tensor) else ()
+    return torch.empty((), dtype=p.dtype, device=p.device).expand(shape)
+
+
 def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
     """Raise if both sides name their parameters and the same names stand in another order.
 
@@ -119,8 +138,11 @@ def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Map
 
 def _parts(
     state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], Mapping[Any, Any]]:
-    """Return the groups and the states of a checkpoint after checking that they are as many as are needed."""
+) -> tuple[list[dict[str, Any]], Mapping[Any, Any], dict[Any, Any]]:
+    """Return the groups of a checkpoint, its states, and what a program has put beside them.
+
+    Checks that they are as many as are needed.
+    """
     check_parts(state_dict)
     saved_groups = state_dict["param_groups"]
     counts, needed = ([len(group["params"]) for group in some] for some in (saved_groups, groups))
@@ -132,7 +154,9 @@ def _parts(
         raise ValueError("Invalid state_dict: 'params' must hold the keys of its states")
     if len(set(ids)) != len(ids):
         raise ValueError("Invalid state_dict: a parameter is in 'params' more than once")
-    unknown = list(state_dict["state"].keys() - set(ids))
-    if unknown:
-        raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[0]!r} of its states")
-    return saved_groups, state_dict["state"]
+    states, entries = state_dict["state"], {}
+    for key in states.keys() - set(ids):
+        if isinstance(key, int) or (isinstance(states[key], Mapping) and not is_unused(states[key])):
+            raise ValueError(f"Invalid state_dict: no group holds the parameter {key!r} of its states")
+        entries[key] = moved(states[key], None, shown(key))
+    return saved_groups, states, entries

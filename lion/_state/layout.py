@@ -5,7 +5,7 @@ The state of a parameter has bitsandbytes' keys:
 =================  ==================================================================================
 ``step``           number of steps taken: float32, 0-dim, on the parameter's device
 ``state1``         momentum, the parameter's shape: float32, or uint8 codes
-``qmap1``          8-bit: the quantization map, float32 of shape (256,), shared
+``qmap1``          8-bit: the quantization map, float32 of shape (256,), of this state alone
 ``absmax1``        8-bit blockwise: float32, one per block of 256 elements
 ``max1``           8-bit tensor-wise: absmax of the whole tensor, float32 of shape (1,)
 ``new_max1``       8-bit tensor-wise: scratch of the same shape
@@ -13,6 +13,8 @@ The state of a parameter has bitsandbytes' keys:
 ``master_low``     with master bits: the lower parts of the weights, the parameter's shape: int16 (32 bits) or
                    int8 (24 bits)
 =================  ==================================================================================
+
+Whatever else a program puts into a state stays there: it is kept from form to form, saved and loaded.
 
 Of a parameter that is a DTensor, ``state1``, ``master_low``, ``absmax1``, ``max1`` and ``new_max1`` are DTensors too,
 see :mod:`lion._memory.sharding`. Of a paged state ``state1``, ``absmax1`` and ``master_low`` lie in memory made by
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lion import functional, reference
+from lion import _dynamic_map, reference
 from lion._memory import paging, sharding
 from lion._options import Kind
 from lion._state.master import BITS, LOW_DTYPES
@@ -37,6 +39,10 @@ State = dict[str, Any]
 
 MIN_PAGED_SIZE = 100_000
 PAGED_KEYS = ("state1", "absmax1", "master_low")
+OWN_KEYS = ("step", "state1", "qmap1", "absmax1", "max1", "new_max1", "gnorm_vec", "master_low")
+# What bitsandbytes keeps for other algorithms than Lion.
+_OTHER_ALGORITHMS_KEYS = ("state2", "qmap2", "absmax2", "max2", "new_max2", "unorm_vec")
+_RESERVED_KEYS = frozenset((*OWN_KEYS, *_OTHER_ALGORITHMS_KEYS))
 
 
 class Form(NamedTuple):
@@ -90,6 +96,16 @@ def is_permuted(p: Tensor) -> bool:
     return p.detach().permute(order).is_contiguous()
 
 
+def foreign(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the entries of a state that the program has put there."""
+    return {key: value for key, value in state.items() if key not in _RESERVED_KEYS}
+
+
+def is_unused(state: Mapping[Any, Any]) -> bool:
+    """Return whether a state, which may have entries of the program, is of a parameter that has taken no step."""
+    return _RESERVED_KEYS.isdisjoint(state)
+
+
 def kind_in(state: Mapping[str, Any]) -> Kind:
     """Return how the momentum in a state is kept."""
     if state["state1"].dtype == torch.float32:
@@ -112,20 +128,18 @@ def create(p: Tensor, form: Form) -> State:
     """Return the state of a parameter that has taken no step.
 
     Args:
-        p: The parameter.
+        p: The parameter, which is no DTensor.
         form: What its state is to look like.
 
     Raises:
         OSError: If there is no room or no permission for paged state.
     """
-    if sharding.is_dtensor(p):
-        return sharding.wrapped(create(sharding.local(p), form), p)
     state: State = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
     if form.kind is Kind.FLOAT32:
         state["state1"] = _full(p.shape, 0, torch.float32, p.device, form.paged, momentum_strides(p, form))
     else:
         state["state1"] = _full(p.shape, _zero_code(), torch.uint8, p.device, form.paged)
-        state["qmap1"] = functional.shared_dynamic_map(p.device)
+        state["qmap1"] = _dynamic_map.copied(p.device)
         for key, shape in absmax_shapes(form.kind, p.numel()).items():
             state[key] = _full(shape, 0, torch.float32, p.device, form.paged and key in PAGED_KEYS)
     if form.clipped:

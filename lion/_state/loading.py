@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lion import functional, reference
+from lion import _dynamic_map, reference
 from lion._memory import sharding
 from lion._memory.sharding import PER_ELEMENT
 from lion._options import Kind, shown
 from lion._state.adapting import adapted, momentum
-from lion._state.checks import check_contents, check_sharded, is_dense
-from lion._state.layout import Form, State, kind_in
+from lion._state.checks import check_contents, check_memory, check_sharded, is_dense, is_zero
+from lion._state.layout import Form, State, foreign, is_unused, kind_in
 
 NESTED_KEY = "__bnb_optimizer_quant_state__"
 
@@ -22,10 +24,11 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
     """Return a parameter's state made from a saved one, on the parameter's device and in the form of its options.
 
     Accepts bitsandbytes' states too: a Python number as ``step``, quantization tensors nested under
-    ``__bnb_optimizer_quant_state__``, and 8-bit state whose blocks have 2048 elements.
+    ``__bnb_optimizer_quant_state__``, and 8-bit state whose blocks have 2048 elements. Entries that the program has put
+    there are loaded as :func:`moved` says.
 
     Args:
-        saved: The saved state; not changed and not shared with the result.
+        saved: The saved state; not changed, and its tensors are not shared with the result.
         p: The parameter.
         form: What its state is to look like.
         name: What to call the parameter in an error.
@@ -35,6 +38,10 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
         OSError: If there is no room or no permission for paged state.
     """
     flat = _flattened(saved, name)
+    entries = {key: moved(value, p.device, f"{name}: {shown(key)}") for key, value in foreign(flat).items()}
+    if is_unused(flat):
+        return entries
+    flat = {key: value for key, value in flat.items() if key not in entries}
     if sharding.is_dtensor(p):
         if sharding.is_dtensor(flat.get("state1")):
             check_sharded(flat, name)
@@ -44,7 +51,7 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
             stand_in = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
             whole = load(flat, stand_in, form._replace(kind=Kind.FLOAT32, paged=False), name)
             local_state = {**whole, **{key: sharding.shard_of(whole[key], p) for key in PER_ELEMENT if key in whole}}
-        return sharding.wrapped(load(local_state, sharding.local(p), form, name), p)
+        return {**sharding.wrapped(load(local_state, sharding.local(p), form, name), p), **entries}
     block_size = _saved_block_size(flat, p)
     check_contents(flat, p, name, block_size)
     state = {
@@ -56,17 +63,57 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
         # bitsandbytes' scratch holds what is left of an earlier step.
         state["new_max1"] = state["max1"].clone()
     if kind is not Kind.FLOAT32:
-        shared = functional.shared_dynamic_map(p.device)
-        if block_size != reference.BLOCK_SIZE or not torch.equal(state["qmap1"], shared):
-            try:
-                reference.quantize_thresholds(state["qmap1"].cpu().numpy())
-            except ValueError as error:
-                raise ValueError(f"Invalid state of {name}: 'qmap1' is no quantization map: {error}") from None
-            as_float = {"state1": momentum(state, block_size)}
+        if block_size != reference.BLOCK_SIZE or not _dynamic_map.is_dynamic(state["qmap1"]):
+            as_float = {"state1": _checked_momentum(state, block_size, name)}
             state = {**as_float, **{key: state[key] for key in ("step", "gnorm_vec", "master_low") if key in state}}
-        else:
-            state["qmap1"] = shared
-    return adapted(state, p, form, name)
+    return adapted({**state, **entries}, p, form, name)
+
+
+def moved(value: Any, device: torch.device | None, name: str) -> Any:
+    """Return an entry that a program has put into a state, as a checkpoint gives it.
+
+    As in torch's optimizers, its tensors, also those in dicts, lists, tuples and sets, go to the parameter's device,
+    and objects of other kinds are not copied. Unlike there, tensors keep their dtypes, and are copied always.
+
+    Args:
+        value: The entry.
+        device: The device; None keeps those that the tensors have.
+        name: What to call it in an error.
+
+    Raises:
+        ValueError: If a tensor cannot be copied.
+    """
+    if isinstance(value, Tensor):
+        try:
+            return value.detach().to(device or value.device, copy=True)
+        except Exception as error:
+            raise ValueError(f"Invalid state of {name} cannot be copied to {device}: {error}") from error
+    if isinstance(value, dict):
+        new = copy(value)
+        new.update({key: moved(item, device, name) for key, item in value.items()})
+        return new
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [moved(item, device, name) for item in value]
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    return value
+
+
+def _checked_momentum(state: State, block_size: int, name: str) -> Tensor:
+    """Return 8-bit momentum that has any map or block size as float32.
+
+    Raises:
+        ValueError: If the map is none that a momentum can have.
+    """
+    qmap = state["qmap1"].cpu().numpy()
+    try:
+        reference.quantize_thresholds(qmap)
+    except ValueError as error:
+        raise ValueError(f"Invalid state of {name}: 'qmap1' is no quantization map: {error}") from None
+    if (qmap == 0).any() and (qmap != 0).any():
+        return momentum(state, block_size)
+    if not is_zero(state):
+        raise ValueError(f"Invalid state of {name}: 'qmap1' is no quantization map: it is constant or lacks a zero")
+    return torch.zeros_like(state["state1"], dtype=torch.float32)
 
 
 def _flattened(saved: object, name: str) -> State:
@@ -84,6 +131,8 @@ def _flattened(saved: object, name: str) -> State:
             step = torch.tensor(float(step), device="cpu")
         except OverflowError:
             raise ValueError(f"Invalid state of {name}: 'step' is {shown(step)}; that is too large") from None
+    if is_dense(step) and not sharding.is_dtensor(step):
+        check_memory("step", step, name)
     if is_dense(step) and step.numel() == 1 and not step.is_complex():
         flat["step"] = step = step.detach().reshape(()).to(torch.float32)
         # The kernels take it as an int64.

@@ -73,8 +73,8 @@ def test_state_bytes_counts_each_tensor_once() -> None:
     assert measure.state_bytes(optimizer.state) == 4 * elements + steps
     optimizer = Lion8bit(params, min_8bit_size=0)
     optimizer.step()
-    blocks, qmap = 2 + 4 + 1, 1024
-    assert measure.state_bytes(optimizer.state) == elements + 4 * blocks + qmap + steps
+    blocks, maps = 2 + 4 + 1, 3 * 1024
+    assert measure.state_bytes(optimizer.state) == elements + 4 * blocks + maps + steps
 
 
 def test_peak_extra_bytes_sees_a_temporary() -> None:

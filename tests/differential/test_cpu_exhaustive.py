@@ -89,7 +89,7 @@ def test_all_codes_with_absmax_of_every_exponent() -> None:
             assert_same_bits(expected_absmax, absmax)
 
 
-@pytest.mark.skipif(quantization.vectors is None, reason="the portable code has no groups")
+@pytest.mark.skipif(quantization.grouped is None, reason="the portable code has no groups")
 def test_codes_of_a_group_that_are_not_the_nearest_are_not_sure() -> None:
     """Alone: in a block, a code that is not sure makes all others be looked up again."""
     group, quantize_group = quantization.GROUP, quantization.quantize_group

@@ -365,65 +365,6 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             'negative.append(builder.icmp_signed("<", upper, splat(WORDS, -1)))',
         ),
     ),
-    "lion/backends.py": (
-        (
-            'return _make(name, device.type == "cpu")',
-            "a GPU or the simulator can tell",
-            'return _make(name, device.type != "cpu")',
-        ),
-        (
-            'if device.type == "cuda" and name != "cuda":',
-            "a GPU or the simulator can tell",
-            'if device.type == "cuda" and name == "cuda":',
-        ),
-        (
-            "return torch.from_numpy(norms)[0]",
-            "there is one",
-            "return torch.from_numpy(norms)[ -1]",
-        ),
-        (
-            "return torch.from_numpy(scales)[0]",
-            "there is one",
-            "return torch.from_numpy(scales)[ -1]",
-        ),
-        (
-            "scales = np.ones(1, np.float32)",
-            _ROOM,
-            "scales = np.ones( 2, np.float32)",
-        ),
-        (
-            "cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 1)",
-            _ALONE,
-            "cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 2)",
-        ),
-    ),
-    "lion/_backends/batch.py": (
-        (
-            "self.sharded = sharding.is_dtensor(params[0])",
-            "all are alike",
-            "self.sharded = sharding.is_dtensor(params[ -1])",
-        ),
-        (
-            "self.device = params[0].device",
-            "all are alike",
-            "self.device = params[ -1].device",
-        ),
-        (
-            "self.dtype = params[0].dtype",
-            "all are alike",
-            "self.dtype = params[ -1].dtype",
-        ),
-        (
-            "if key in states[0]:",
-            "all are alike",
-            "if key in states[ -1]:",
-        ),
-        (
-            "self.table = np.zeros((8, len(params)), np.int64)",
-            "a row that nobody reads",
-            "self.table = np.zeros(( 9, len(params)), np.int64)",
-        ),
-    ),
     "lion/_state/checkpoints.py": (
         (
             'raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[0]!r} of its states")',
@@ -493,6 +434,84 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             'with tempfile.TemporaryFile(dir=folder, prefix="lion-", buffering= -1) as file:',
         ),
     ),
+    "lion/_backends/batch.py": (
+        (
+            "self.sharded = sharding.is_dtensor(params[0])",
+            "all are alike",
+            "self.sharded = sharding.is_dtensor(params[ -1])",
+        ),
+        (
+            "self.device = params[0].device",
+            "all are alike",
+            "self.device = params[ -1].device",
+        ),
+        (
+            "self.dtype = params[0].dtype",
+            "all are alike",
+            "self.dtype = params[ -1].dtype",
+        ),
+        (
+            "if key in states[0]:",
+            "all are alike",
+            "if key in states[ -1]:",
+        ),
+        (
+            "self.table = np.zeros((8, len(params)), np.int64)",
+            "a row that nobody reads",
+            "self.table = np.zeros(( 9, len(params)), np.int64)",
+        ),
+    ),
+    "lion/_backends/cpu.py": (
+        (
+            "return torch.from_numpy(norms)[0]",
+            "there is one",
+            "return torch.from_numpy(norms)[ -1]",
+        ),
+        (
+            "return torch.from_numpy(scales)[0]",
+            "there is one",
+            "return torch.from_numpy(scales)[ -1]",
+        ),
+        (
+            "scales = np.ones(1, np.float32)",
+            _ROOM,
+            "scales = np.ones( 2, np.float32)",
+        ),
+        (
+            "cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 1)",
+            _ALONE,
+            "cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 2)",
+        ),
+    ),
+    "lion/_backends/selection.py": (
+        (
+            'return _make(name, device.type == "cpu")',
+            "a GPU or the simulator can tell",
+            'return _make(name, device.type != "cpu")',
+        ),
+        (
+            'if device.type == "cuda" and name != "cuda":',
+            "a GPU or the simulator can tell",
+            'if device.type == "cuda" and name == "cuda":',
+        ),
+    ),
+    "lion/_memory/sharding.py": (
+        (
+            "sums = values if values.device.type == mesh.device_type else values.to(mesh.device_type)",
+            "only a GPU can tell",
+            "sums = values if values.device.type != mesh.device_type else values.to(mesh.device_type)",
+        ),
+        (
+            'blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 1',
+            "a row of one",
+            'blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 2',
+        ),
+        (
+            "if is_dtensor(grad) and (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh):",
+            "redistributing to the same placements changes nothing",
+            "if is_dtensor(grad) or (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh):",
+        ),
+    ),
     "lion/_plan.py": (
         (
             "_PORTION = 256 * 2**20",
@@ -535,15 +554,15 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "turns[memory.data_ptr()] += 2",
         ),
         (
-            'paged_bytes += sharding.local(new_states[p]["state1"]).nbytes if form.paged else 0',
+            'paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else 0',
             "how much one call updates: speed and memory only",
-            'paged_bytes += sharding.local(new_states[p]["state1"]).nbytes if form.paged else 1',
-            'paged_bytes += sharding.local(new_states[p]["state1"]).nbytes if form.paged else -1',
+            'paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else 1',
+            'paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else -1',
         ),
         (
-            "mine = [(batch, step) for batch, step in prepared if batch.params[0] in places]",
+            "mine = [(batch, step) for batch, step in prepared if id(batch.params[0]) in places]",
             "all are alike",
-            "mine = [(batch, step) for batch, step in prepared if batch.params[ -1] in places]",
+            "mine = [(batch, step) for batch, step in prepared if id(batch.params[ -1]) in places]",
         ),
         (
             'on_gpu = any(batch.device.type == "cuda" for batch, _ in prepared)',
@@ -562,43 +581,25 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "if on_device or any(map(bool, rates)) and (on_gpu and torch.cuda.is_current_stream_capturing()):",
         ),
     ),
-    "lion/_memory/sharding.py": (
+    "lion/_state/adapting.py": (
         (
-            "sums = values if values.device.type == mesh.device_type else values.to(mesh.device_type)",
-            "only a GPU can tell",
-            "sums = values if values.device.type != mesh.device_type else values.to(mesh.device_type)",
-        ),
-        (
-            'blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 1',
-            "a row of one",
-            'blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 2',
-        ),
-        (
-            "if is_dtensor(grad) and (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh):",
-            "redistributing to the same placements changes nothing",
-            "if is_dtensor(grad) or (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh):",
-        ),
-        (
-            'needed = wrapped({key: new["state1"].new_empty(0) for key in state if key in _PER_SHARD}, like)',
-            "its values are not looked at",
-            'needed = wrapped({key: new["state1"].new_empty( 1) for key in state if key in _PER_SHARD}, like)',
+            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 1))",
+            "one block holds one element or none either way",
+            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 2))",
         ),
     ),
-    "lion/state.py": (
-        (
-            "return int((thresholds < 0).sum())",
-            "no threshold is 0",
-            "return int((thresholds <= 0).sum())",
-        ),
+    "lion/_state/checks.py": (
         (
             'raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r}")',
             "any of them may be named",
             'raise ValueError(f"Invalid state of {name}: unknown key {unknown[ -1]!r}")',
         ),
+    ),
+    "lion/_state/layout.py": (
         (
-            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 1))",
-            "one block holds one element or none either way",
-            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 2))",
+            "return int((thresholds < 0).sum())",
+            "no threshold is 0",
+            "return int((thresholds <= 0).sum())",
         ),
     ),
 }

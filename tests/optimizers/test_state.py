@@ -107,12 +107,12 @@ def test_history_is_there_when_clipping(make):
     assert_same_bits(history, np.full(100, reference.squared_norm(p.grad.numpy())))
 
 
-def test_the_map_is_shared():
+def test_every_state_has_a_map_of_its_own():
     params = [parameter(5000, seed=i) for i in range(3)]
     optimizer = lion.Lion8bit(params)
     set_gradients(params, 0)
     optimizer.step()
-    assert len({optimizer.state[p]["qmap1"].data_ptr() for p in params}) == 1
+    assert len({optimizer.state[p]["qmap1"].data_ptr() for p in params}) == 3
 
 
 @every_kind

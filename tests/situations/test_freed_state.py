@@ -33,7 +33,7 @@ def alive(refs):
 
 
 def state_tensors(state):
-    return [value for key, value in state.items() if key != "qmap1"]
+    return list(state.values())
 
 
 @every_variant
@@ -87,6 +87,21 @@ def test_a_group_that_is_removed(make):
     del late
     gc.collect()
     assert not alive(refs)
+
+
+@every_variant
+def test_steps_in_backward_keep_nothing(make):
+    layer = nn.Linear(400, 300)
+    optimizer = make(layer.parameters(), lr=1e-3)
+    with lion.StepInBackward(optimizer):
+        for _ in range(2):
+            layer(torch.ones(2, 400)).sum().backward()
+        refs = memory_of(value for state in optimizer.state.values() for value in state_tensors(state))
+        assert alive(refs)
+        optimizer.state.clear()
+        assert not alive(refs)
+        layer(torch.ones(2, 400)).sum().backward()
+        assert optimizer.state[layer.weight]["step"] == 1
 
 
 @every_variant
