@@ -99,7 +99,7 @@ def kernel(
     from lion.cuda_kernels import clipping, lion, quantization
     from lion.cuda_kernels.device import BFLOAT16, FLOAT16, FLOAT32
 
-    codes = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
+    codes: dict[str | None, int] = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
     make = (vars(lion) | vars(quantization) | vars(clipping))[f"make_{name}"]
     options: dict[str, Any] = {"scaled_loss": True} if scaled_loss else {}
     if name in UPDATES:
@@ -118,10 +118,15 @@ def _compiled(name: str, dtype: str | None, device: int, **kind: Any) -> tuple[A
     from numba import config, cuda, types
 
     function = kernel(name, dtype, **kind)
-    dispatcher = cuda.jit(cache=True)(function)
     if config.ENABLE_CUDASIM:
-        return dispatcher, SIMULATED_BLOCKS
-    compiled = dispatcher.compile((types.int64,) * function.__code__.co_argcount)
+        return cuda.jit(function), SIMULATED_BLOCKS
+    signature = (types.int64,) * function.__code__.co_argcount
+    try:
+        dispatcher = cuda.jit(cache=True)(function)
+        compiled = dispatcher.compile(signature)
+    except (OSError, RuntimeError):  # there is no folder that can be written, or the disk is full
+        dispatcher = cuda.jit(function)
+        compiled = dispatcher.compile(signature)
     return dispatcher, compiled.max_cooperative_grid_blocks(32 * WARPS)
 
 
@@ -136,15 +141,24 @@ def _stream(device: int, handle: int) -> Any:
 
 
 def _launch(name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int, **kind: Any) -> None:
-    """Launch a kernel; ``kind`` are further arguments of :func:`kernel`."""
-    dispatcher, resident = _compiled(name, dtype, device, **kind)
-    grid = max(1, min(blocks, resident))
-    if simulated():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            dispatcher[grid, 32](*(np.int64(argument) for argument in arguments))
-    else:
-        _configured(dispatcher, grid, _stream(device, stream))(*arguments)
+    """Launch a kernel; ``kind`` are further arguments of :func:`kernel`.
+
+    Raises:
+        RuntimeError: Whatever the compiler or the driver reports; their own errors are of other classes.
+    """
+    try:
+        dispatcher, resident = _compiled(name, dtype, device, **kind)
+        grid = max(1, min(blocks, resident))
+        if simulated():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                dispatcher[grid, 32](*(np.int64(argument) for argument in arguments))
+        else:
+            _configured(dispatcher, grid, _stream(device, stream))(*arguments)
+    except (OSError, MemoryError, RuntimeError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"The CUDA kernel {name} on device {device}: {type(error).__name__}: {error}") from error
 
 
 @functools.cache
