@@ -427,13 +427,6 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "self.table = np.zeros(( 9, len(params)), np.int64)",
         ),
     ),
-    "lion/_state/checkpoints.py": (
-        (
-            'raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[0]!r} of its states")',
-            "the first of a set is any",
-            'raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[ -1]!r} of its states")',
-        ),
-    ),
     "lion/functional.py": (
         (
             "if not 1 <= percentile < reference.HISTORY:",
@@ -587,21 +580,25 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             'needed = wrapped({key: new["state1"].new_empty( 1) for key in state if key in _PER_SHARD}, like)',
         ),
     ),
-    "lion/state.py": (
+    "lion/_state/layout.py": (
         (
             "return int((thresholds < 0).sum())",
             "no threshold is 0",
             "return int((thresholds <= 0).sum())",
         ),
+    ),
+    "lion/_state/checks.py": (
         (
-            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r}")',
+            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r} beside momentum of kind {kind.value}")',
             "any of them may be named",
-            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[ -1]!r}")',
+            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[ -1]!r} beside momentum of kind {kind.value}")',
         ),
+    ),
+    "lion/_state/adapting.py": (
         (
-            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 1))",
+            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), qmap.cpu().numpy(), max(numel, 1))",
             "one block holds one element or none either way",
-            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 2))",
+            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), qmap.cpu().numpy(), max(numel, 2))",
         ),
     ),
 }
