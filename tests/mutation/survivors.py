@@ -365,13 +365,6 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             'negative.append(builder.icmp_signed("<", upper, splat(WORDS, -1)))',
         ),
     ),
-    "lion/_state/checkpoints.py": (
-        (
-            'raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[0]!r} of its states")',
-            "the first of a set is any",
-            'raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[ -1]!r} of its states")',
-        ),
-    ),
     "lion/functional.py": (
         (
             "if not 1 <= percentile < reference.HISTORY:",
@@ -583,9 +576,9 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "lion/_state/adapting.py": (
         (
-            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 1))",
+            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), qmap.cpu().numpy(), max(numel, 1))",
             "one block holds one element or none either way",
-            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 2))",
+            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), qmap.cpu().numpy(), max(numel, 2))",
         ),
     ),
     "lion/_state/checks.py": (
