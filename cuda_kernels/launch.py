@@ -64,6 +64,15 @@ def require() -> None:
         NVVM()
     except Exception as error:
         raise RuntimeError(f"CUDA tensors need the compiler libraries of numba-cuda: {INSTALL}") from error
+    from cuda.bindings import nvjitlink
+
+    # Where torch has loaded a linker, numba-cuda gets that one; it cannot read what a newer compiler writes.
+    compiler, linker = int(importlib.metadata.version("cuda-bindings").split(".")[0]), nvjitlink.version()[0]
+    if linker < compiler:
+        raise RuntimeError(
+            f"numba-cuda is installed for CUDA {compiler}, torch for CUDA {linker}: in a new environment, "
+            f'pip install "numba-lion[cu{linker}]"'
+        )
     if not cuda.is_available():
         raise RuntimeError(
             f"numba-cuda finds no usable CUDA driver: update the driver, or install the matching extra: {INSTALL}"
