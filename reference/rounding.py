@@ -207,7 +207,7 @@ def random_bits(count: int, offset: int, step: int, parameter: int, seed: int) -
     same = np.ones(count, np.uint32)
     counter = [group.astype(np.uint32), (group >> np.uint64(32)).astype(np.uint32), same * np.uint32(step)]
     counter.append(same * np.uint32(parameter))
-    words = philox4x32(np.stack(counter, axis=-1), np.array([seed & WORD, seed >> 32], np.uint32))
+    words = philox4x32(np.stack(counter, axis=1), np.array([seed & WORD, seed >> 32], np.uint32))
     word = words[np.arange(count), (place >> np.uint64(1)).astype(np.intp)]
     return np.where(place % 2 == 0, word, word >> np.uint32(16)).astype(np.uint16)
 

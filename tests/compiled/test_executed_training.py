@@ -18,8 +18,9 @@ from lion._backends import cuda as cuda_backend
 from lion._backends.cuda import CudaBackend
 from lion._state import layout
 from lion.cuda_kernels import launch
+from tests import strategies
 from tests.comparing import to_numpy
-from tests.differential import training
+from tests.differential import training, weights_training
 
 ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importable")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
@@ -92,3 +93,14 @@ def test_training_all_steps(cls: str, backend: ExecutedBackend) -> None:
 
     check()
     assert backend.launches > 2 * training.STEPS
+
+
+def by_executed_kernels(step: weights_training.Step, tensors: weights_training.Tensors) -> None:
+    weights_training.by_cuda_kernels(step, tensors, launch, ptxrun.registered)
+
+
+@pytest.mark.parametrize("update", weights_training.STATES)
+@pytest.mark.parametrize("weights", weights_training.WEIGHTS, ids=str)
+def test_training_of_16_bit_weights(update: str, weights: strategies.Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_launch", executing.execute)
+    weights_training.check_lockstep(update, weights, "float32", by_executed_kernels)

@@ -16,6 +16,7 @@ from lion.reference import (
     philox4x32,
     quantize_blockwise,
     random_bits,
+    rounding,
     split,
     stochastic_round,
     update_8bit_blockwise,
@@ -156,6 +157,11 @@ def test_parts_that_do_not_fit():
 def test_parts_have_the_shape_of_the_values():
     high, low = split(np.ones((2, 3), F), 32)
     assert high.shape == low.shape == join(high, low).shape == (2, 3)
+
+
+def test_kernels_are_told_the_bits_of_master_values():
+    assert (rounding.MASTER_24, rounding.MASTER_32) == tuple(rounding.LOW_DTYPES) == (24, 32)
+    assert (rounding.NEAREST, rounding.STOCHASTIC) == (0, 1)
 
 
 # --- rounding at random
