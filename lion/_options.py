@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Set
 from enum import Enum
 from itertools import islice
@@ -16,7 +17,9 @@ from torch import Tensor
 from lion import reference
 
 HYPERPARAMETERS = ("lr", "betas", "weight_decay")
-STATE_OPTIONS = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged")
+# How 16-bit weights are kept, with the values that groups have which do not say.
+WEIGHT_OPTIONS: dict[str, Any] = {"master_weight_bits": None, "stochastic_rounding": False, "rounding_seed": 0}
+STATE_OPTIONS = ("optim_bits", "min_8bit_size", "percentile_clipping", "block_wise", "is_paged", *WEIGHT_OPTIONS)
 
 # Options of other optimizers, torch's and other projects' Lions, that change what a step computes, with the value that
 # does not.
@@ -89,7 +92,7 @@ def check_value(key: str, value: Any, group: Mapping[str, Any] | None = None) ->
 
 
 def check_group(group: Mapping[str, Any], number: int | None = None) -> dict[str, Any]:
-    """Return all options of a group, checked.
+    """Return all options of a group, checked; those of 16-bit weights may be missing.
 
     Args:
         group: The group.
@@ -99,12 +102,14 @@ def check_group(group: Mapping[str, Any], number: int | None = None) -> dict[str
         TypeError: If a value has the wrong type.
         ValueError: If a value is missing or not allowed, or an option of another optimizer changes what a step does.
     """
+    group = {**WEIGHT_OPTIONS, **group}
     try:
         missing = [key for key in CHECKS if key not in group]
         if missing:
             raise ValueError(f"Invalid parameter group: the option {missing[0]!r} is missing")
         check_algorithm(group)
         checked = {key: check_value(key, group[key], group) for key in CHECKS}
+        check_rounding(checked)
         if not isinstance(checked["lr"], Tensor):
             reference.coefficients(*(checked[key] for key in HYPERPARAMETERS))
     except (TypeError, ValueError) as error:
@@ -113,6 +118,24 @@ def check_group(group: Mapping[str, Any], number: int | None = None) -> dict[str
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{error} (group {number})") from error
     return checked
+
+
+def check_rounding(options: Mapping[str, Any], name: str = "") -> None:
+    """Raise if weights were to have master bits and to be rounded at random, too.
+
+    Args:
+        options: All options of a group or of a parameter.
+        name: What to call the parameter in the error (default: there is none).
+
+    Raises:
+        ValueError: If both are asked for.
+    """
+    bits = options["master_weight_bits"]
+    if bits is not None and options["stochastic_rounding"]:
+        raise ValueError(
+            f"Invalid stochastic_rounding{name and f' for {name}'}: True beside master_weight_bits={bits}, which leave "
+            "nothing to round; one of them is allowed"
+        )
 
 
 def check_algorithm(group: Mapping[str, Any], number: int | None = None) -> None:
@@ -234,6 +257,22 @@ def _percentile_clipping(key: str, percentile_clipping: Any) -> int:
     return percentile
 
 
+def _master_weight_bits(key: str, master_weight_bits: Any) -> int | None:
+    bits = None if master_weight_bits is None else integer(key, master_weight_bits)
+    if bits not in (None, 24, 32):
+        raise ValueError(f"Invalid master_weight_bits value: {bits}; None, 24 and 32 are allowed")
+    return bits
+
+
+def _rounding_seed(key: str, rounding_seed: Any) -> int:
+    # As a float, a seed would lose its lower bits.
+    is_integer = isinstance(rounding_seed, (int, np.integer)) and not isinstance(rounding_seed, bool)
+    seed = operator.index(rounding_seed) if is_integer else integer(key, rounding_seed)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"Invalid rounding_seed value: {shown(seed)}; 0 to 2**64 - 1 is allowed")
+    return seed
+
+
 def _non_negative(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 0.0 <= number < math.inf:
@@ -308,4 +347,7 @@ CHECKS: dict[str, Callable[..., Any]] = {
     "percentile_clipping": _percentile_clipping,
     "block_wise": flag,
     "is_paged": flag,
+    "master_weight_bits": _master_weight_bits,
+    "stochastic_rounding": flag,
+    "rounding_seed": _rounding_seed,
 }

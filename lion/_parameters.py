@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lion._backends import DTYPES
 from lion._memory import addresses, sharding
+from lion._options import check_rounding
 
 Group = Mapping[str, Any]
 
@@ -35,6 +36,27 @@ def check_parameter(p: Tensor, name: str) -> None:
         raise TypeError(f"Invalid {name}: a view with the negative bit; resolve_neg() makes it an ordinary tensor")
 
 
+def check_weights(p: Tensor, options: Mapping[str, Any], name: str) -> None:
+    """Raise unless a parameter can be kept as its options say.
+
+    Args:
+        p: The parameter.
+        options: All its options.
+        name: What to call it in an error.
+
+    Raises:
+        ValueError: If it was to have master bits and to be rounded at random, too.
+        TypeError: If it is float16 and was to have one of them.
+    """
+    check_rounding(options, name)
+    if p.dtype == torch.float16 and (options["master_weight_bits"] is not None or options["stochastic_rounding"]):
+        asked = "master_weight_bits" if options["master_weight_bits"] is not None else "stochastic_rounding"
+        raise TypeError(
+            f"Invalid {name}: {p.dtype} with {asked}={options[asked]}, which is for torch.bfloat16; make it that, or "
+            "switch the option off for it, in a group of its own or by GlobalOptimManager"
+        )
+
+
 def check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
     """Raise unless a parameter can be updated by its gradient."""
     check_parameter(p, name)
@@ -44,10 +66,11 @@ def check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
         raise TypeError(
             f"Invalid gradient of {name}: {type(grad).__name__}; a DTensor is needed where the parameter is one"
         )
-    if grad.dtype != p.dtype or grad.shape != p.shape or grad.device != p.device:
+    dtypes = dict.fromkeys((p.dtype, torch.float32))
+    if grad.dtype not in dtypes or grad.shape != p.shape or grad.device != p.device:
         raise TypeError(
             f"Invalid gradient of {name}: {grad.dtype} of shape {tuple(grad.shape)} on {grad.device}; "
-            f"{p.dtype} of shape {tuple(p.shape)} on {p.device} is needed"
+            f"{' or '.join(map(str, dtypes))} of shape {tuple(p.shape)} on {p.device} is needed"
         )
     memory, local_grad = sharding.local(p), sharding.local(grad)
     if any(stride == 0 and size > 1 for stride, size in zip(memory.stride(), memory.shape, strict=True)):

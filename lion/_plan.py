@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lion import reference
-from lion._backends import Batch, LossScale, StepCoefficients, for_device
+from lion._backends import Batch, LossScale, StepCoefficients, Weights, for_device
 from lion._memory import sharding
 from lion._options import HYPERPARAMETERS, check_group, check_value, rate_on_host
-from lion._parameters import Group, check_gradient, parameter_name
-from lion._state import Form, State, adapted, form_of
+from lion._parameters import Group, check_gradient, check_weights, parameter_name
+from lion._state import Form, State, adapted, form_of, rounding_seed_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,6 +39,7 @@ class _Member(NamedTuple):
     group: int
     override: Mapping[str, Any]
     form: Form
+    seed: int | None
     percentile: int
     shards: _Shards | None
 
@@ -73,6 +74,8 @@ class Plan:
         states: The optimizer's states; missing ones are added, and others converted where options changed.
         overrides: Options of single parameters, by their id.
         signature: Whatever, besides the tensors, the plan depends on.
+        first_number: The number of the first parameter of the first group, by which random bits are told apart
+            (default: 0).
 
     Raises:
         ValueError: If an option, a parameter, a gradient or a state is not allowed.
@@ -85,8 +88,10 @@ class Plan:
         states: dict[Tensor, State],
         overrides: Mapping[int, Mapping[str, Any]],
         signature: object,
+        first_number: int = 0,
     ) -> None:
         self._signature = signature
+        self._first_number = first_number
         self.meshes = {
             p.device_mesh: None for group in groups for p in group["params"] if sharding.is_dtensor(p)
         }  # a dict, to keep their order
@@ -147,17 +152,25 @@ class Plan:
         # By id, since a tensor's hash is a function in Python.
         by_id = dict(zip(map(id, states.keys()), states.values(), strict=True))
         prepared = []
+        numbers = self._numbers(groups) if any(part.batch.weights.seed is not None for part in self._parts) else {}
         try:
             for part, step in zip(self._parts, steps, strict=True):
                 own = [params[i] for i in part.members]
                 grads: Any = [shards[p] for p in own] if part.batch.sharded else list(map(_grad, own))
-                part.batch.take(own, grads, list(map(by_id.__getitem__, map(id, own))))
+                ids = list(map(id, own))
+                places = list(map(numbers.__getitem__, ids)) if part.batch.weights.seed is not None else None
+                part.batch.take(own, grads, list(map(by_id.__getitem__, ids)), places)
                 prepared.append((part.batch, step))
         except BaseException:
             for batch, _ in prepared:
                 batch.release()
             raise
         return prepared
+
+    def _numbers(self, groups: Sequence[Group]) -> dict[int, int]:
+        """Return the numbers of all parameters by their ids: their places, whether they have a gradient or not."""
+        params = (p for group in groups for p in group["params"])
+        return {id(p): number for number, p in enumerate(params, self._first_number)}
 
     def sum_norms(self, prepared: Prepared, loss_scale: LossScale) -> None:
         """Bring to the batches the norms of the gradients whose shards other processes have, too.
@@ -209,6 +222,7 @@ def _member(
     """Return a parameter that has a gradient, or raise if it cannot be updated."""
     p, name, percentile = group["params"][index], parameter_name(group, number, index), options["percentile_clipping"]
     check_gradient(p, p.grad, name)
+    check_weights(p, options, name)
     for_device(p.device)
     _coefficients(group, override, p.device)
     if percentile < 100 and getattr(p, "_fsdp_flattened", False):
@@ -217,7 +231,8 @@ def _member(
             "do not tell the whole parameter's norm; those of torch.distributed.fsdp.fully_shard do"
         )
     hyperparameters = {key: override[key] for key in HYPERPARAMETERS if key in override}
-    return _Member(p, name, number, hyperparameters, form_of(p, options), percentile, shards)
+    form, seed = form_of(p, options), rounding_seed_of(p, options)
+    return _Member(p, name, number, hyperparameters, form, seed, percentile, shards)
 
 
 def _together(members: Sequence[_Member], states: Sequence[State]) -> list[list[int]]:
@@ -230,20 +245,25 @@ def _together(members: Sequence[_Member], states: Sequence[State]) -> list[list[
         p, form = member.p, member.form
         memory = sharding.local(p)
         portion = paged_bytes // _PORTION
-        paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else 0
+        large = [state[key] for key in sharding.PER_ELEMENT if key in state]
+        paged_bytes += sum(sharding.local(tensor).nbytes for tensor in large) if form.paged else 0
         turn = turns[memory.data_ptr()] if memory.numel() else 0
         turns[memory.data_ptr()] += 1
         layout = member.shards, sharding.is_dtensor(p)
         override = tuple(member.override.get(key) for key in HYPERPARAMETERS)
-        options = member.group, override, member.percentile
-        key = (form, options, p.device, p.dtype, layout, form.paged and portion, turn)
+        options = member.group, override, member.percentile, member.seed
+        dtypes = p.dtype, p.grad.dtype  # type: ignore[union-attr]
+        key = (form, options, p.device, dtypes, layout, form.paged and portion, turn)
         batches.setdefault(key, []).append(number)
     return list(batches.values())
 
 
 def _part(members: Sequence[_Member], numbers: list[int], states: Mapping[Tensor, State]) -> _Part:
     first, params = members[numbers[0]], [members[i].p for i in numbers]
-    batch = Batch(first.form.kind, first.percentile, params, [states[p] for p in params], first.form.in_memory_order)
+    kind, _, _, in_memory_order, master_bits = first.form
+    grad_dtype, weights = first.p.grad.dtype, Weights(master_bits, first.seed)  # type: ignore[union-attr]
+    own = [states[p] for p in params]
+    batch = Batch(kind, first.percentile, params, own, in_memory_order, grad_dtype, weights)
     return _Part(batch, numbers, first.group, first.override)
 
 

@@ -50,6 +50,8 @@ class StepInBackward:
         # For each parameter the optimizer that takes its steps, and the number of its group.
         self._steppers: dict[Tensor, tuple[Lion, int]] = {}
         processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        numbers = {p: place for place, p in enumerate(params)}
         for number, group in enumerate(optimizer.param_groups):
             for index, p in enumerate(group["params"]):
                 if not (p.requires_grad and p.is_leaf):
@@ -67,6 +69,7 @@ class StepInBackward:
                         "its own gradient"
                     )
                 stepper = Lion([p])
+                stepper._first_number = numbers[p]
                 # A first step of zeros counts: other parameters may have gradients.
                 stepper._stepped = True
                 names = group.get("param_names")

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from lion._backends import LossScale, for_device, forgotten_on_error
 from lion._memory import paging, sharding
-from lion._options import STATE_OPTIONS, check_algorithm, check_group, explains_keywords, shown
-from lion._parameters import check_parameter, parameter_name
+from lion._options import STATE_OPTIONS, WEIGHT_OPTIONS, check_algorithm, check_group, explains_keywords, shown
+from lion._parameters import check_parameter, check_weights, parameter_name
 from lion._plan import Plan, Prepared
 from lion._state import converted, form_of, placed, python_numbers
 from lion.overrides import GlobalOptimManager
@@ -35,8 +35,8 @@ class Lion(Optimizer):
         momentum = beta2 * momentum + (1 - beta2) * grad
 
     Parameters are float32, float16 or bfloat16 tensors on CPU or CUDA devices. ``optim_bits``, ``min_8bit_size``,
-    ``percentile_clipping``, ``block_wise`` and ``is_paged`` are options of the parameter groups, like ``lr``,
-    ``betas`` and ``weight_decay``; :class:`lion.GlobalOptimManager` sets them for single parameters.
+    ``percentile_clipping``, ``block_wise``, ``is_paged`` and the keyword-only ones are options of the parameter groups,
+    like ``lr``, ``betas`` and ``weight_decay``; :class:`lion.GlobalOptimManager` sets them for single parameters.
 
     Args:
         params: Parameters, named parameters or parameter groups.
@@ -45,13 +45,17 @@ class Lion(Optimizer):
         betas: Weights of the momentum in the update and in the new momentum, each in [0, 1) (default: (0.9, 0.99)).
         weight_decay: Decoupled weight decay (default: 0).
         optim_bits: Bits of the momentum, 32 or 8 (default: 32).
-        args: An object whose attributes ``optim_bits``, ``min_8bit_size``, ``percentile_clipping``, ``block_wise``
-            and ``is_paged``, as far as it has them, replace the arguments of these names (default: None).
+        args: An object whose attributes, as far as it has some that are called as the arguments around this one,
+            from ``optim_bits`` to ``rounding_seed``, replace these (default: None).
         min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
         percentile_clipping: Scale a gradient down to this percentile of the parameter's last 100 gradient norms,
             1 to 100; 100 is off (default: 100).
         block_wise: Quantize 8-bit momentum in blocks of 256 elements rather than whole (default: True).
         is_paged: Keep the momentum of large parameters in memory that can be paged out (default: False).
+        master_weight_bits: Keep bfloat16 weights as the upper parts of master values of 24 or 32 bits; the lower parts
+            are in the state. None keeps no more than the weights (default: None).
+        stochastic_rounding: Round bfloat16 weights at random instead of to nearest (default: False).
+        rounding_seed: Seed of the random bits, 0 to 2**64 - 1 (default: 0).
 
     Raises:
         ValueError: If a value is not allowed.
@@ -65,6 +69,8 @@ class Lion(Optimizer):
     _plans: tuple[Plan, ...] = ()
     _stepped = False
     _in_backward: object = None
+    # What the first parameter counts as where random bits are drawn.
+    _first_number = 0
     # torch.amp.GradScaler leaves the unscaling of the gradients to the step.
     _step_supports_amp_scaling = True
 
@@ -81,6 +87,10 @@ class Lion(Optimizer):
         percentile_clipping: int = 100,
         block_wise: bool = True,
         is_paged: bool = False,
+        *,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -91,6 +101,9 @@ class Lion(Optimizer):
             "percentile_clipping": percentile_clipping,
             "block_wise": block_wise,
             "is_paged": is_paged,
+            "master_weight_bits": master_weight_bits,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
         }
         if isinstance(args, Mapping):
             raise TypeError(f"Invalid args: {shown(args)}; an object with attributes is allowed, not a dict")
@@ -115,10 +128,13 @@ class Lion(Optimizer):
         try:
             group = self.param_groups[-1]
             group.update(check_group(group, len(self.param_groups) - 1))
+            overrides = GlobalOptimManager.get_instance().lookup()
             for index, p in enumerate(group["params"]):
                 # What never gets a gradient may be anything.
                 if p.requires_grad:
-                    check_parameter(p, parameter_name(group, len(self.param_groups) - 1, index))
+                    name = parameter_name(group, len(self.param_groups) - 1, index)
+                    check_parameter(p, name)
+                    check_weights(p, {**group, **overrides.get(id(p), {})}, name)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -223,8 +239,9 @@ class Lion(Optimizer):
 
         States keep their dtypes and go to the parameters' devices. ``lr``, ``betas``, ``weight_decay`` and whatever
         else the checkpoint's groups hold is taken from it; ``optim_bits``, ``min_8bit_size``,
-        ``percentile_clipping``, ``block_wise`` and ``is_paged`` stay as they are here, and states are converted to
-        them: 8-bit momentum to 32 bits without loss, 32-bit momentum to 8 bits by quantization. Checkpoints of
+        ``percentile_clipping``, ``block_wise``, ``is_paged``, ``master_weight_bits``, ``stochastic_rounding`` and
+        ``rounding_seed`` stay as they are here, and states are converted to them: 8-bit momentum to 32 bits without
+        loss, 32-bit momentum to 8 bits by quantization, and the lower parts of weights likewise. Checkpoints of
         bitsandbytes' Lion classes load too.
 
         Args:
@@ -250,6 +267,10 @@ class Lion(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # What was pickled by a release without these options lacks them.
+        for group in (self.defaults, *self.param_groups):
+            for key, value in WEIGHT_OPTIONS.items():
+                group.setdefault(key, value)
         self._plans = ()
         self._stepped = False
         self._leave_unscaling_to_fsdp1()
@@ -288,7 +309,7 @@ class Lion(Optimizer):
                     return plan, prepared
             except Exception:
                 self._plans = tuple(kept for kept in self._plans if kept is not plan)
-        plan = Plan(groups, self.state, manager.lookup(), signature)
+        plan = Plan(groups, self.state, manager.lookup(), signature, self._first_number)
         prepared = plan.prepared(groups, params, self.state, shards)
         self._keep(plan)
         return plan, prepared
@@ -318,6 +339,9 @@ class Lion8bit(Lion):
         percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
         block_wise: Quantize in blocks of 256 elements rather than whole (default: True).
         is_paged: Keep the momentum of large parameters in memory that can be paged out (default: False).
+        master_weight_bits: As in :class:`Lion` (default: None).
+        stochastic_rounding: As in :class:`Lion` (default: False).
+        rounding_seed: As in :class:`Lion` (default: 0).
 
     Raises:
         ValueError: If a value is not allowed.
@@ -336,9 +360,25 @@ class Lion8bit(Lion):
         percentile_clipping: int = 100,
         block_wise: bool = True,
         is_paged: bool = False,
+        *,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         super().__init__(
-            params, lr, betas, weight_decay, 8, args, min_8bit_size, percentile_clipping, block_wise, is_paged
+            params,
+            lr,
+            betas,
+            weight_decay,
+            8,
+            args,
+            min_8bit_size,
+            percentile_clipping,
+            block_wise,
+            is_paged,
+            master_weight_bits=master_weight_bits,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
         )
 
 
@@ -355,6 +395,9 @@ class Lion32bit(Lion):
         percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
         block_wise: As in :class:`Lion`; matters where a parameter's ``optim_bits`` is overridden (default: True).
         is_paged: Keep the momentum of large parameters in memory that can be paged out (default: False).
+        master_weight_bits: As in :class:`Lion` (default: None).
+        stochastic_rounding: As in :class:`Lion` (default: False).
+        rounding_seed: As in :class:`Lion` (default: 0).
 
     Raises:
         ValueError: If a value is not allowed.
@@ -373,9 +416,25 @@ class Lion32bit(Lion):
         percentile_clipping: int = 100,
         block_wise: bool = True,
         is_paged: bool = False,
+        *,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         super().__init__(
-            params, lr, betas, weight_decay, 32, args, min_8bit_size, percentile_clipping, block_wise, is_paged
+            params,
+            lr,
+            betas,
+            weight_decay,
+            32,
+            args,
+            min_8bit_size,
+            percentile_clipping,
+            block_wise,
+            is_paged,
+            master_weight_bits=master_weight_bits,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
         )
 
 
@@ -392,6 +451,9 @@ class PagedLion(Lion):
         min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
         percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
         block_wise: Quantize 8-bit momentum in blocks of 256 elements rather than whole (default: True).
+        master_weight_bits: As in :class:`Lion` (default: None).
+        stochastic_rounding: As in :class:`Lion` (default: False).
+        rounding_seed: As in :class:`Lion` (default: 0).
 
     Raises:
         ValueError: If a value is not allowed.
@@ -410,9 +472,25 @@ class PagedLion(Lion):
         min_8bit_size: int = 4096,
         percentile_clipping: int = 100,
         block_wise: bool = True,
+        *,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         super().__init__(
-            params, lr, betas, weight_decay, optim_bits, args, min_8bit_size, percentile_clipping, block_wise, True
+            params,
+            lr,
+            betas,
+            weight_decay,
+            optim_bits,
+            args,
+            min_8bit_size,
+            percentile_clipping,
+            block_wise,
+            True,
+            master_weight_bits=master_weight_bits,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
         )
 
 
@@ -428,6 +506,9 @@ class PagedLion8bit(Lion8bit):
         min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
         percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
         block_wise: Quantize in blocks of 256 elements rather than whole (default: True).
+        master_weight_bits: As in :class:`Lion` (default: None).
+        stochastic_rounding: As in :class:`Lion` (default: False).
+        rounding_seed: As in :class:`Lion` (default: 0).
 
     Raises:
         ValueError: If a value is not allowed.
@@ -445,8 +526,25 @@ class PagedLion8bit(Lion8bit):
         min_8bit_size: int = 4096,
         percentile_clipping: int = 100,
         block_wise: bool = True,
+        *,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
-        super().__init__(params, lr, betas, weight_decay, args, min_8bit_size, percentile_clipping, block_wise, True)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            weight_decay,
+            args,
+            min_8bit_size,
+            percentile_clipping,
+            block_wise,
+            True,
+            master_weight_bits=master_weight_bits,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+        )
 
 
 class PagedLion32bit(Lion32bit):
@@ -461,6 +559,9 @@ class PagedLion32bit(Lion32bit):
         min_8bit_size: As in :class:`Lion32bit` (default: 4096).
         percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
         block_wise: As in :class:`Lion32bit` (default: True).
+        master_weight_bits: As in :class:`Lion` (default: None).
+        stochastic_rounding: As in :class:`Lion` (default: False).
+        rounding_seed: As in :class:`Lion` (default: 0).
 
     Raises:
         ValueError: If a value is not allowed.
@@ -478,5 +579,22 @@ class PagedLion32bit(Lion32bit):
         min_8bit_size: int = 4096,
         percentile_clipping: int = 100,
         block_wise: bool = True,
+        *,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
-        super().__init__(params, lr, betas, weight_decay, args, min_8bit_size, percentile_clipping, block_wise, True)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            weight_decay,
+            args,
+            min_8bit_size,
+            percentile_clipping,
+            block_wise,
+            True,
+            master_weight_bits=master_weight_bits,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+        )

@@ -45,7 +45,7 @@ class GlobalOptimManager:
     it other memory.
 
     Overridable are ``lr``, ``betas``, ``weight_decay``, ``optim_bits``, ``min_8bit_size``, ``percentile_clipping``,
-    ``block_wise`` and ``is_paged``.
+    ``block_wise``, ``is_paged``, ``master_weight_bits``, ``stochastic_rounding`` and ``rounding_seed``.
 
     Source:
         bitsandbytes' ``GlobalOptimManager``; there, overrides of registered parameters also reach other optimizers'

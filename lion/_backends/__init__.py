@@ -1,6 +1,6 @@
 """Who computes: implementations of the update, and the batches of tensors that they get."""
 
-from lion._backends.batch import Batch, StaleBatch
+from lion._backends.batch import Batch, StaleBatch, Weights
 from lion._backends.cpu import CpuBackend
 from lion._backends.loss_scale import LossScale, forgotten_on_error
 from lion._backends.protocol import DTYPES, StepCoefficients
@@ -15,6 +15,7 @@ __all__ = [
     "ReferenceBackend",
     "StaleBatch",
     "StepCoefficients",
+    "Weights",
     "as_numpy",
     "for_device",
     "forgotten_on_error",

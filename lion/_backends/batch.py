@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ _nbytes = attrgetter("nbytes")
 _version = attrgetter("_version")
 
 # Rows of a batch's table of addresses.
-PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, HISTORY = range(8)
+PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, HISTORY, LOW, FIRST_ELEMENT, NUMBER = range(11)
 _ROWS = {
     "state1": STATE,
     "step": STEP,
@@ -34,7 +34,23 @@ _ROWS = {
     "max1": ABSMAX,
     "new_max1": NEW_ABSMAX,
     "gnorm_vec": HISTORY,
+    "master_low": LOW,
 }
+
+
+class Weights(NamedTuple):
+    """How the parameters of a batch are kept; rounded to nearest unless one of these is given.
+
+    Attributes:
+        master_bits: Bits of the master values that they are the upper parts of, 24 or 32 (default: None).
+        seed: The seed that they are rounded at random with, 0 to 2**64 - 1 (default: None).
+    """
+
+    master_bits: int | None = None
+    seed: int | None = None
+
+
+NEAREST = Weights()
 
 
 class StaleBatch(Exception):
@@ -42,7 +58,7 @@ class StaleBatch(Exception):
 
 
 class Batch:
-    """Parameters that are updated by one kernel call: same device, dtype, kind of state and options.
+    """Parameters that are updated by one kernel call: same device, dtypes, kind of state and options.
 
     Between steps it holds numbers only, so that what a program drops, replaces or moves is freed at once. A step
     brings its tensors with :meth:`take`, which finds out whether the numbers still hold, and ends with :meth:`release`.
@@ -53,6 +69,8 @@ class Batch:
         params: The parameters, all of them DTensors or none; their gradients and states have been checked.
         states: Their states.
         in_memory_order: Whether the parameters are dense and not contiguous, and their momentum has their strides.
+        grad_dtype: The gradients' dtype (default: that of the parameters).
+        weights: How the parameters are kept (default: rounded to nearest).
 
     Attributes:
         params: The parameters, during a step.
@@ -71,13 +89,17 @@ class Batch:
         params: Sequence[Tensor],
         states: Sequence[State],
         in_memory_order: bool = False,
+        grad_dtype: torch.dtype | None = None,
+        weights: Weights = NEAREST,
     ) -> None:
         self.kind = kind
         self.percentile = percentile
+        self.weights = weights
         self.sharded = sharding.is_dtensor(params[0])
         self.device = params[0].device
         self.dtype = params[0].dtype
-        self.table = np.zeros((8, len(params)), np.int64)
+        self.grad_dtype = grad_dtype or self.dtype
+        self.table = np.zeros((11, len(params)), np.int64)
         operands = self._local(params)
         self._addresses = list(map(_data_ptr, operands))
         self._sizes = list(map(_numel, operands))
@@ -95,6 +117,7 @@ class Batch:
                 self._entries.append((key, place))
                 self.table[row] = place[0]
                 self.paged += paging.ranges(self._local(tensors))
+        self.table[FIRST_ELEMENT] = list(map(sharding.first_element, params)) if weights.seed is not None else 0
         self._maps = None if kind is Kind.FLOAT32 else _versions(states)
         self.params: Sequence[Tensor] = ()
         self._states: Sequence[State] = ()
@@ -116,13 +139,20 @@ class Batch:
     def _local(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [sharding.local(tensor) for tensor in tensors] if self.sharded else tensors
 
-    def take(self, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]) -> None:
+    def take(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[State],
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         """Take the tensors of a step, and copies of those that have to be in another order.
 
         Args:
             params: The parameters.
             grads: Their gradients; of DTensors, this process's shards of them.
             states: Their states.
+            numbers: For rounding at random: the parameters' places in their optimizer (default: zeros).
 
         Raises:
             StaleBatch: If a tensor changed its dtype, shape or place since the batch was made.
@@ -141,6 +171,8 @@ class Batch:
         if 0 in addresses and any(size and not address for size, address in zip(self._sizes, addresses, strict=True)):
             raise StaleBatch
         self.table[GRAD] = addresses
+        if numbers is not None:
+            self.table[NUMBER] = numbers
 
     def _params_fit(self, operands: Sequence[Tensor]) -> bool:
         if self._strides is not None:
@@ -167,7 +199,7 @@ class Batch:
         return list(map(_data_ptr, local)), list(map(_nbytes, local)), set(map(_dtype, local)), list(map(id, tensors))
 
     def _grads_fit(self, grads: Sequence[Tensor]) -> bool:
-        return set(map(_dtype, grads)) == {self.dtype} and list(map(_numel, grads)) == self._sizes
+        return set(map(_dtype, grads)) == {self.grad_dtype} and list(map(_numel, grads)) == self._sizes
 
     def _in_order(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return gradients whose elements lie in memory as those of the operands do."""

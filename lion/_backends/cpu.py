@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from lion import cpu_kernels
-from lion._backends.batch import GRAD, SIZE, Batch
+from lion._backends.batch import FIRST_ELEMENT, GRAD, LOW, NUMBER, SIZE, Batch
 from lion._backends.loss_scale import LossScale
 from lion._backends.protocol import DTYPES, StepCoefficients
 from lion._options import Kind
+from lion.cpu_kernels import Master, Stochastic
 
 
 class CpuBackend:
@@ -22,14 +23,15 @@ class CpuBackend:
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         if loss_scale.skips():
             return
-        params, grads, states, absmax, new_absmax, sizes, steps, histories = batch.table
+        params, grads, states, absmax, new_absmax, sizes, steps, histories = batch.table[:LOW]
         dtype, threads = DTYPES[batch.dtype], torch.get_num_threads()
         k = np.array(step.values)
         scales = np.ones(len(sizes), np.float32)
         if batch.percentile < 100:
             norms = self.squared_norms(batch, step, loss_scale) if batch.squared_norms is None else batch.squared_norms
             cpu_kernels.percentile_clipping(norms.numpy(), histories, steps, scales, batch.percentile, threads)
-        common = sizes, steps, scales, k, threads, loss_scale.inv_scale()
+        weights = _weights_of(batch)
+        common = sizes, steps, scales, k, threads, loss_scale.inv_scale(), DTYPES[batch.grad_dtype], weights
         if batch.kind is Kind.FLOAT32:
             cpu_kernels.update_32bit(dtype, params, grads, states, *common)
         elif batch.kind is Kind.BLOCKWISE:
@@ -38,7 +40,7 @@ class CpuBackend:
             cpu_kernels.update_8bit_tensorwise(dtype, params, grads, states, absmax, new_absmax, *common)
 
     def squared_norms(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> Tensor:
-        dtype, grads, sizes = DTYPES[batch.dtype], batch.table[GRAD], batch.table[SIZE]
+        dtype, grads, sizes = DTYPES[batch.grad_dtype], batch.table[GRAD], batch.table[SIZE]
         norms = cpu_kernels.squared_norm(dtype, grads, sizes, torch.get_num_threads(), loss_scale.inv_scale())
         return torch.from_numpy(norms)
 
@@ -80,3 +82,10 @@ class CpuBackend:
         scales = np.ones(1, np.float32)
         cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 1)
         return torch.from_numpy(scales)[0]
+
+
+def _weights_of(batch: Batch) -> Master | Stochastic | None:
+    master_bits, seed = batch.weights
+    if master_bits is not None:
+        return Master(master_bits, batch.table[LOW])
+    return None if seed is None else Stochastic(seed, batch.table[NUMBER], batch.table[FIRST_ELEMENT])

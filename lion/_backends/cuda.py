@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lion import reference
-from lion._backends.batch import SIZE, Batch
+from lion._backends.batch import LOW, SIZE, Batch
 from lion._backends.loss_scale import LossScale
 from lion._backends.protocol import DTYPES, StepCoefficients
 from lion._memory import paging
@@ -22,6 +22,7 @@ from lion.cuda_kernels import launch
 from lion.cuda_kernels.clipping import CHUNK
 from lion.cuda_kernels.quantization import lookup_table
 from lion.cuda_kernels.table import BLOCK_SIZE, table, work_list
+from lion.reference.rounding import NEAREST, STOCHASTIC
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -51,7 +52,9 @@ class CudaBackend:
 
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         memory = _memory_of(batch, summed=False)
-        dtype, scaled_loss = DTYPES[batch.dtype], loss_scale.grad_scale is not None
+        dtype, grad_dtype = DTYPES[batch.dtype], DTYPES[batch.grad_dtype]
+        scaled_loss, weights = loss_scale.grad_scale is not None, _way_of_keeping(batch)
+        kind: dict[str, Any] = {"scaled_loss": scaled_loss, "grad_dtype": grad_dtype, "weights": weights}
         with _on(batch.device) as place:
             if _is_capturing(batch.device):
                 # A replayed graph reads this memory for as long as the process may live.
@@ -63,21 +66,21 @@ class CudaBackend:
             else:
                 memory.refresh(batch, step, loss_scale)
                 if batch.percentile < 100:
-                    launch.partial_norms(dtype, *memory.norm_arguments, *place)
+                    launch.partial_norms(grad_dtype, *memory.norm_arguments, *place)
             if batch.percentile < 100:
                 launch.percentile_clipping(*memory.clip_arguments, *place)
             if batch.kind is Kind.FLOAT32:
-                launch.update_32bit(dtype, *memory.update_arguments, *place, scaled_loss)
+                launch.update_32bit(dtype, *memory.update_arguments, *place, **kind)
             elif batch.kind is Kind.BLOCKWISE:
-                launch.update_8bit_blockwise(dtype, *memory.update_arguments, *place, scaled_loss)
+                launch.update_8bit_blockwise(dtype, *memory.update_arguments, *place, **kind)
             else:
-                launch.update_8bit_tensorwise(dtype, *memory.update_arguments, len(batch.params), *place, scaled_loss)
+                launch.update_8bit_tensorwise(dtype, *memory.update_arguments, len(batch.params), *place, **kind)
 
     def squared_norms(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> Tensor:
         memory = _memory_of(batch, summed=True)
         with _on(batch.device) as place:
             memory.refresh(batch, step, loss_scale)
-            return memory.launch_squared_norms(DTYPES[batch.dtype], place)
+            return memory.launch_squared_norms(DTYPES[batch.grad_dtype], place)
 
     def quantize_blockwise(self, values: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> None:
         thresholds = _upload(reference.quantize_thresholds(qmap.cpu().numpy()), values.device)
@@ -123,6 +126,12 @@ class CudaBackend:
             launch.partial_norms(DTYPES[grad.dtype], *memory.norm_arguments, *place)
             launch.percentile_clipping(*memory.clip_arguments, *place)
         return memory.scales[0]
+
+
+def _way_of_keeping(batch: Batch) -> int:
+    """Return how a batch's parameters are kept, as the kernels are told."""
+    master_bits, seed = batch.weights
+    return master_bits or (NEAREST if seed is None else STOCHASTIC)
 
 
 def _memory_of(batch: Batch, summed: bool) -> _Memory:
@@ -192,7 +201,8 @@ class _Memory:
             or self._written[1] != header
             or not np.array_equal(self._written[0], batch.table)
         ):
-            params, grads, states, absmax, new_absmax, _, steps, histories = batch.table
+            params, grads, states, absmax, new_absmax, _, steps, histories = batch.table[:LOW]
+            lows, first_elements, numbers = batch.table[LOW:]
             self.write(
                 np.array(step.values),
                 params=params,
@@ -202,6 +212,10 @@ class _Memory:
                 new_absmax=new_absmax,
                 steps=steps,
                 gnorm_vecs=histories,
+                lows=lows,
+                first_elements=first_elements,
+                parameters=numbers,
+                seed=batch.weights.seed or 0,
                 percentile=batch.percentile,
                 inv_scale=0 if loss_scale.grad_scale is None else self._loss_scale.data_ptr(),
                 found_inf=0 if loss_scale.found_inf is None else self._loss_scale.data_ptr() + 4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lion import reference
-from lion._backends.batch import Batch
+from lion._backends.batch import FIRST_ELEMENT, NUMBER, Batch
 from lion._backends.loss_scale import LossScale
 from lion._backends.protocol import StepCoefficients
 from lion._options import Kind
@@ -35,14 +35,20 @@ class ReferenceBackend:
             scale = np.float32(1.0)
             if norms is not None:
                 scale = _clip(norms.numpy()[i], state["gnorm_vec"], int(state["step"] + 1), batch.percentile)
+            weights = _weights_of(batch, i, state)
+            low: list[npt.NDArray[Any]] = []
             if batch.kind is Kind.FLOAT32:
-                p[...], momentum[...] = reference.update_32bit(p, g, momentum, step.values, scale, inv_scale)
+                p[...], momentum[...], *low = reference.update_32bit(
+                    p, g, momentum, step.values, scale, inv_scale, weights
+                )
             elif p.size:
                 name, update = _EIGHT_BIT[batch.kind]
                 absmax, qmap = as_numpy(state[name]), as_numpy(state["qmap1"])
-                p[...], momentum[...], absmax[...] = update(
-                    p, g, momentum, absmax, qmap, step.values, scale, inv_scale=inv_scale
+                p[...], momentum[...], absmax[...], *low = update(
+                    p, g, momentum, absmax, qmap, step.values, scale, inv_scale=inv_scale, weights=weights
                 )
+            for new in low:
+                as_numpy(state["master_low"])[...] = new
             if batch.kind is Kind.TENSORWISE:
                 state["new_max1"].copy_(state["max1"])
             state["step"] += 1
@@ -70,6 +76,16 @@ class ReferenceBackend:
     def percentile_clipping(self, grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> Tensor:
         squared = reference.squared_norm(as_numpy(grad))
         return torch.from_numpy(np.array(_clip(squared, gnorm_vec, step, percentile)))
+
+
+def _weights_of(batch: Batch, i: int, state: Mapping[str, Any]) -> reference.Master | reference.Stochastic | None:
+    master_bits, seed = batch.weights
+    if master_bits is not None:
+        return reference.Master(as_numpy(state["master_low"]))
+    if seed is None:
+        return None
+    number, first = (int(batch.table[row, i]) for row in (NUMBER, FIRST_ELEMENT))
+    return reference.Stochastic(seed, int(state["step"] + 1), number, first)
 
 
 def _clip(squared_norm: np.float32, gnorm_vec: Tensor, step: int, percentile: int) -> np.float32:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+PER_ELEMENT = ("state1", "master_low")
 _PER_SHARD = ("absmax1", "max1", "new_max1")
 
 
@@ -81,8 +82,9 @@ def wrapped(state: Mapping[str, Tensor], like: DTensor) -> dict[str, Any]:
         like: The parameter, or its momentum.
     """
     mesh, placements, new = like.device_mesh, like.placements, dict[str, Any](state)
-    if "state1" in state:
-        new["state1"] = _dtensor(state["state1"], mesh, placements, like.shape)
+    for key in PER_ELEMENT:
+        if key in state:
+            new[key] = _dtensor(state[key], mesh, placements, like.shape)
     for key in _PER_SHARD:
         if key in state:
             whole, here = _row_shapes(key, like)
@@ -102,20 +104,22 @@ def unwrapped(state: Mapping[str, Any], like: DTensor, name: str) -> dict[str, A
     Raises:
         ValueError: If the state is that of another mesh, or of other placements on it.
     """
-    momentum, new = state["state1"], dict(state)
-    if (momentum.device_mesh, momentum.placements) != (like.device_mesh, like.placements):
-        raise ValueError(
-            f"Invalid state of {name}: 'state1' is laid out as {momentum.placements} on {momentum.device_mesh}; "
-            f"{like.placements} on {like.device_mesh} is needed, which torch.distributed.checkpoint brings it to"
-        )
-    new["state1"] = local(momentum)
+    new = dict(state)
+    for key in [key for key in PER_ELEMENT if key in state]:
+        whole: Any = state[key]
+        if (whole.device_mesh, whole.placements) != (like.device_mesh, like.placements):
+            raise ValueError(
+                f"Invalid state of {name}: {key!r} is laid out as {whole.placements} on {whole.device_mesh}; "
+                f"{like.placements} on {like.device_mesh} is needed, which torch.distributed.checkpoint brings it to"
+            )
+        new[key] = local(whole)
     for key in [key for key in _PER_SHARD if key in state]:
         found: Any = state[key]
-        whole, here = _row_shapes(key, like)
-        if (tuple(found.shape), found.placements, tuple(local(found).shape)) != (whole, like.placements, here):
+        rows, here = _row_shapes(key, like)
+        if (tuple(found.shape), found.placements, tuple(local(found).shape)) != (rows, like.placements, here):
             raise ValueError(
                 f"Invalid state of {name}: {key!r} has shape {tuple(found.shape)}, {tuple(local(found).shape)} of it "
-                f"here; {whole} and {here} are needed: it was saved in another layout, between which 8-bit state moves "
+                f"here; {rows} and {here} are needed: it was saved in another layout, between which 8-bit state moves "
                 "as float32 (lion.exchange.to_exp_avg)"
             )
         blocks = -(-new["state1"].numel() // reference.BLOCK_SIZE) if key == "absmax1" else 1
@@ -130,6 +134,22 @@ def shard_of(full: Tensor, like: DTensor) -> Tensor:
     mesh = like.device_mesh
     replicated = _dtensor(full, mesh, (Replicate(),) * mesh.ndim, full.shape)
     return local(replicated.redistribute(mesh, like.placements)).contiguous()
+
+
+def first_element(tensor: Tensor) -> int:
+    """Return the index, in the whole tensor, of the first element of this process's shard.
+
+    Where a DTensor is cut along other dimensions than its first, a shard's elements do not follow one another in the
+    whole. Then they are counted as if the shards lay one after the other, so that no two shards share a number.
+    """
+    if not is_dtensor(tensor):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return sum(
+        offset * math.prod(sizes[:dim]) * math.prod(tensor.shape[dim + 1 :]) for dim, offset in enumerate(offsets)
+    )
 
 
 def sum_over_shards(values: Tensor, mesh: DeviceMesh, dimensions: Iterable[int]) -> Tensor:

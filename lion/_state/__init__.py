@@ -3,7 +3,8 @@
 from lion._state.adapting import adapted, momentum, placed, quantized, zero_momentum
 from lion._state.checkpoints import check_parts, check_saved_group, converted, entries_beside, python_numbers
 from lion._state.checks import check_contents, is_reset
-from lion._state.layout import Form, State, form_of, kind_in
+from lion._state.layout import Form, State, form_of, kind_in, rounding_seed_of
+from lion._state.master import join, split
 
 __all__ = [
     "Form",
@@ -16,10 +17,13 @@ __all__ = [
     "entries_beside",
     "form_of",
     "is_reset",
+    "join",
     "kind_in",
     "momentum",
     "placed",
     "python_numbers",
     "quantized",
+    "rounding_seed_of",
+    "split",
     "zero_momentum",
 ]

@@ -17,10 +17,13 @@ from lion._state.layout import (
     create,
     empty_history,
     foreign,
+    fresh_low,
     is_unused,
     kind_in,
+    master_bits_in,
     momentum_strides,
 )
+from lion._state.master import with_bits
 
 _MOMENTUM_KEYS = {
     Kind.FLOAT32: ("state1",),
@@ -36,7 +39,8 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
     """Return a parameter's state in the form that its options ask for: the same object where it fits already.
 
     8-bit momentum is dequantized and float32 momentum quantized, which loses precision as any quantization does.
-    Entries that the program has put into a state stay in it.
+    Lower parts begin as zeros, are converted by :func:`with_bits`, and are dropped where there are to be none. Entries
+    that the program has put into a state stay in it.
 
     Args:
         state: The state; None, or one without entries of ours, for a parameter that has taken no step.
@@ -79,7 +83,8 @@ def _fitting(state: State, p: Tensor, form: Form, name: str) -> State:
     if old is not Kind.FLOAT32 and not _dynamic_map.is_dynamic(state["qmap1"]):
         state = {**state, **zero_momentum(p, old)}
     strides = momentum_strides(p, form)
-    if old is form.kind and form.clipped == ("gnorm_vec" in state):
+    same_bits = master_bits_in(state) == form.master_bits
+    if old is form.kind and form.clipped == ("gnorm_vec" in state) and same_bits:
         return placed(state, form.paged, strides)
     new = {"step": state["step"], **foreign(state)}
     if old is form.kind:
@@ -88,6 +93,9 @@ def _fitting(state: State, p: Tensor, form: Form, name: str) -> State:
         new.update(quantized(momentum(state), form.kind))
     if form.clipped:
         new["gnorm_vec"] = state.get("gnorm_vec", empty_history(p.device))
+    if form.master_bits is not None:
+        low = state.get("master_low")
+        new["master_low"] = fresh_low(p, form.master_bits, form) if low is None else with_bits(low, form.master_bits)
     return placed(new, form.paged, strides)
 
 
@@ -108,7 +116,7 @@ def placed(state: State, paged: bool, strides: tuple[int, ...] | None = None) ->
     Args:
         state: The state.
         paged: Whether its memory is to be pageable.
-        strides: The strides that the momentum is to have (default: those that it has).
+        strides: The strides that momentum and lower parts are to have (default: those that they have).
 
     Raises:
         OSError: If there is no room or no permission for paged state.
@@ -119,7 +127,7 @@ def placed(state: State, paged: bool, strides: tuple[int, ...] | None = None) ->
         new = placed(local_state, paged)
         return state if new is local_state else sharding.wrapped(new, momentum)
     tensors = {
-        key: paging.moved(state[key], paged, strides if strides and key == "state1" else state[key].stride())
+        key: paging.moved(state[key], paged, strides if strides and key != "absmax1" else state[key].stride())
         for key in PAGED_KEYS
         if key in state
     }

@@ -13,6 +13,7 @@ from lion._memory import sharding
 from lion._memory.addresses import unaddressable
 from lion._options import Kind
 from lion._state.layout import OWN_KEYS, State, absmax_shapes, foreign, is_permuted, kind_in
+from lion._state.master import BITS
 
 _ROWS = ("absmax1", "max1", "new_max1")
 _GATHERED = ". It was gathered from shards: 8-bit state has to be converted before that (lion.exchange.to_exp_avg)"
@@ -30,7 +31,8 @@ def check(state: State, p: Tensor, name: str) -> None:
     kind = kind_in(state)
     for key in [key for key in OWN_KEYS if key in state]:
         value = state[key]
-        ordered = value.is_contiguous() or (key == "state1" and kind is Kind.FLOAT32 and is_permuted(value))
+        may_be_permuted = key in sharding.PER_ELEMENT and kind is Kind.FLOAT32
+        ordered = value.is_contiguous() or (may_be_permuted and is_permuted(value))
         if value.device != p.device or not ordered or value.is_neg():
             raise ValueError(
                 f"Invalid state of {name}: {key!r} must be contiguous and on {p.device}; it is on {value.device}"
@@ -87,6 +89,9 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
         )
     if "gnorm_vec" in state:
         expected["gnorm_vec"] = (torch.float32, (reference.HISTORY,))
+    if "master_low" in state:
+        low_dtype = state["master_low"].dtype
+        expected["master_low"] = (low_dtype if low_dtype in BITS else torch.int16, tuple(p.shape))
     for key, (dtype, shape) in expected.items():
         if key not in state:
             raise ValueError(f"Invalid state of {name}: the key {key!r} is missing")
@@ -118,7 +123,7 @@ def check_sharded(state: State, name: str) -> None:
     """Raise unless the tensors that a DTensor's state keeps for its elements and blocks are DTensors."""
     if "state1" not in state:
         raise ValueError(f"Invalid state of {name}: the key 'state1' is missing")
-    for key in ("state1", *_ROWS):
+    for key in (*sharding.PER_ELEMENT, *_ROWS):
         if key in state and not sharding.is_dtensor(state[key]):
             raise ValueError(f"Invalid state of {name}: {key!r} must be a DTensor, like the parameter")
 

@@ -10,12 +10,14 @@ The state of a parameter has bitsandbytes' keys:
 ``max1``           8-bit tensor-wise: absmax of the whole tensor, float32 of shape (1,)
 ``new_max1``       8-bit tensor-wise: scratch of the same shape
 ``gnorm_vec``      with percentile clipping: the last 100 squared gradient norms, float32
+``master_low``     with master bits: the lower parts of the weights, the parameter's shape: int16 (32 bits) or
+                   int8 (24 bits)
 =================  ==================================================================================
 
 Whatever else a program puts into a state stays there: it is kept from form to form, saved and loaded.
 
-Of a parameter that is a DTensor, ``state1``, ``absmax1``, ``max1`` and ``new_max1`` are DTensors too, see
-:mod:`lion._memory.sharding`. Of a paged state ``state1`` and ``absmax1`` lie in memory made by
+Of a parameter that is a DTensor, ``state1``, ``master_low``, ``absmax1``, ``max1`` and ``new_max1`` are DTensors too,
+see :mod:`lion._memory.sharding`. Of a paged state ``state1``, ``absmax1`` and ``master_low`` lie in memory made by
 :mod:`lion._memory.paging`.
 """
 
@@ -31,12 +33,13 @@ from torch import Tensor
 from lion import _dynamic_map, reference
 from lion._memory import paging, sharding
 from lion._options import Kind
+from lion._state.master import BITS, LOW_DTYPES
 
 State = dict[str, Any]
 
 MIN_PAGED_SIZE = 100_000
-PAGED_KEYS = ("state1", "absmax1")
-OWN_KEYS = ("step", "state1", "qmap1", "absmax1", "max1", "new_max1", "gnorm_vec")
+PAGED_KEYS = ("state1", "absmax1", "master_low")
+OWN_KEYS = ("step", "state1", "qmap1", "absmax1", "max1", "new_max1", "gnorm_vec", "master_low")
 # What bitsandbytes keeps for other algorithms than Lion.
 _OTHER_ALGORITHMS_KEYS = ("state2", "qmap2", "absmax2", "max2", "new_max2", "unorm_vec")
 _RESERVED_KEYS = frozenset((*OWN_KEYS, *_OTHER_ALGORITHMS_KEYS))
@@ -48,15 +51,18 @@ class Form(NamedTuple):
     Attributes:
         kind: How the momentum is kept.
         clipped: Whether there is a history for percentile clipping.
-        paged: Whether momentum and absmax lie in memory that can be paged out.
-        in_memory_order: Whether the momentum has the strides of a parameter that is dense and not contiguous. Only
-            float32 momentum without clipping has: blocks and norms follow the logical order of the elements.
+        paged: Whether momentum, absmax and lower parts lie in memory that can be paged out.
+        in_memory_order: Whether momentum and lower parts have the strides of a parameter that is dense and not
+            contiguous. Only with float32 momentum, without clipping and without rounding at random they have: blocks,
+            norms and random bits follow the logical order of the elements.
+        master_bits: Bits of the weights' master values, 24 or 32; None where there are no lower parts.
     """
 
     kind: Kind
     clipped: bool
     paged: bool
     in_memory_order: bool = False
+    master_bits: int | None = None
 
 
 def form_of(p: Tensor, options: Mapping[str, Any]) -> Form:
@@ -71,7 +77,15 @@ def form_of(p: Tensor, options: Mapping[str, Any]) -> Form:
         kind = Kind.BLOCKWISE if options["block_wise"] else Kind.TENSORWISE
     paged = options["is_paged"] and sharding.local(p).numel() >= MIN_PAGED_SIZE
     clipped = options["percentile_clipping"] < 100
-    return Form(kind, clipped, paged, kind is Kind.FLOAT32 and not clipped and is_permuted(p))
+    logical_order = kind is not Kind.FLOAT32 or clipped or rounding_seed_of(p, options) is not None
+    master_bits = options["master_weight_bits"] if p.dtype == torch.bfloat16 else None
+    return Form(kind, clipped, paged, not logical_order and is_permuted(p), master_bits)
+
+
+def rounding_seed_of(p: Tensor, options: Mapping[str, Any]) -> int | None:
+    """Return the seed that a parameter is rounded at random with; None where it is rounded to nearest."""
+    is_rounded = options["stochastic_rounding"] and p.dtype == torch.bfloat16
+    return options["rounding_seed"] if is_rounded else None
 
 
 def is_permuted(p: Tensor) -> bool:
@@ -97,6 +111,11 @@ def kind_in(state: Mapping[str, Any]) -> Kind:
     if state["state1"].dtype == torch.float32:
         return Kind.FLOAT32
     return Kind.TENSORWISE if "max1" in state or "new_max1" in state else Kind.BLOCKWISE
+
+
+def master_bits_in(state: Mapping[str, Any]) -> int | None:
+    """Return the bits of the master values that a state has the lower parts of; None if it has none."""
+    return BITS[state["master_low"].dtype] if "master_low" in state else None
 
 
 def absmax_shapes(kind: Kind, numel: int, block_size: int = reference.BLOCK_SIZE) -> dict[str, tuple[int, ...]]:
@@ -125,11 +144,18 @@ def create(p: Tensor, form: Form) -> State:
             state[key] = _full(shape, 0, torch.float32, p.device, form.paged and key in PAGED_KEYS)
     if form.clipped:
         state["gnorm_vec"] = empty_history(p.device)
+    if form.master_bits is not None:
+        state["master_low"] = fresh_low(p, form.master_bits, form)
     return state
 
 
+def fresh_low(p: Tensor, bits: int, form: Form) -> Tensor:
+    """Return the lower parts of a parameter that has had none: zeros."""
+    return _full(p.shape, 0, LOW_DTYPES[bits], p.device, form.paged, momentum_strides(p, form))
+
+
 def momentum_strides(p: Tensor, form: Form) -> tuple[int, ...]:
-    """Return the strides of a parameter's momentum."""
+    """Return the strides of a parameter's momentum and lower parts."""
     return p.stride() if form.in_memory_order else paging.contiguous_strides(p.shape)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lion import _dynamic_map, reference
 from lion._memory import sharding
+from lion._memory.sharding import PER_ELEMENT
 from lion._options import Kind, shown
 from lion._state.adapting import adapted, momentum
 from lion._state.checks import check_contents, check_memory, check_sharded, is_dense, is_zero
@@ -49,7 +50,7 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
             # Every process has all of it: the whole is read, and of that the shard kept.
             stand_in = torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape)
             whole = load(flat, stand_in, form._replace(kind=Kind.FLOAT32, paged=False), name)
-            local_state = {**whole, "state1": sharding.shard_of(whole["state1"], p)}
+            local_state = {**whole, **{key: sharding.shard_of(whole[key], p) for key in PER_ELEMENT if key in whole}}
         return {**sharding.wrapped(load(local_state, sharding.local(p), form, name), p), **entries}
     block_size = _saved_block_size(flat, p)
     check_contents(flat, p, name, block_size)
@@ -66,7 +67,7 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
     if kind is not Kind.FLOAT32:
         if block_size != reference.BLOCK_SIZE or not _dynamic_map.is_dynamic(state["qmap1"]):
             as_float = {"state1": _checked_momentum(state, block_size, name)}
-            state = {**as_float, **{key: state[key] for key in ("step", "gnorm_vec") if key in state}}
+            state = {**as_float, **{key: state[key] for key in ("step", "gnorm_vec", "master_low") if key in state}}
     return adapted({**state, **entries}, p, form, name)
 
 

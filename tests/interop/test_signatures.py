@@ -1,4 +1,7 @@
-"""Names, order and defaults of bitsandbytes 0.44.1's arguments, as a program written for it passes them."""
+"""Names, order and defaults of bitsandbytes 0.44.1's arguments, as a program written for it passes them.
+
+The classes have more arguments, all of them by keyword only.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ METHODS = {
 
 
 def plain_signature(function):
-    """Return the signature as text, without annotations."""
-    parameters = inspect.signature(function).parameters.values()
+    """Return what may be passed by position, as text without annotations."""
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     return ", ".join(str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters)
 
 

@@ -25,6 +25,7 @@ DEFAULTS = {
     "block_wise": True,
     "is_paged": False,
 }
+KEYWORD_ONLY = {"master_weight_bits": None, "stochastic_rounding": False, "rounding_seed": 0}
 LEFT_OUT = {
     lion.Lion: (),
     lion.Lion8bit: ("optim_bits",),
@@ -40,8 +41,9 @@ def test_signature_and_defaults(cls):
     parameters = list(inspect.signature(cls).parameters.values())
     assert parameters[0].name == "params" and parameters[0].default is inspect.Parameter.empty
     expected = {name: value for name, value in DEFAULTS.items() if name not in LEFT_OUT[cls]}
-    assert [(p.name, p.default) for p in parameters[1:]] == list(expected.items())
-    assert all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters)
+    assert [(p.name, p.default) for p in parameters[1:]] == [*expected.items(), *KEYWORD_ONLY.items()]
+    for p in parameters:
+        assert p.kind is (p.KEYWORD_ONLY if p.name in KEYWORD_ONLY else p.POSITIONAL_OR_KEYWORD)
 
 
 @every_class
@@ -57,7 +59,7 @@ def test_positional_arguments(cls):
 def test_options_live_in_the_groups(cls):
     optimizer = cls([parameter(2)])
     assert isinstance(optimizer, torch.optim.Optimizer) and isinstance(optimizer, lion.Lion)
-    expected = {key: value for key, value in DEFAULTS.items() if key != "args"}
+    expected = {key: value for key, value in {**DEFAULTS, **KEYWORD_ONLY}.items() if key != "args"}
     expected["optim_bits"] = 8 if "8bit" in cls.__name__ else 32
     expected["is_paged"] = "Paged" in cls.__name__
     group = optimizer.param_groups[0]
