@@ -372,12 +372,6 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "if not 1 <= percentile <= reference.HISTORY:",
             "if not 0 <= percentile < reference.HISTORY:",
         ),
-        (
-            "shared, version = _shared_maps.get(device, (None, 0))",
-            "the version of a map that is not there",
-            "shared, version = _shared_maps.get(device, (None, 1))",
-            "shared, version = _shared_maps.get(device, (None, -1))",
-        ),
     ),
     "lion/in_backward.py": (
         (
@@ -525,9 +519,9 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "paged_bytes = -1",
         ),
         (
-            'if lr.device == device and device.type == "cuda":',
+            'if lr.device.type == device.type == "cuda":',
             "only a GPU can tell",
-            'if lr.device != device and device.type == "cuda":',
+            'if lr.device.type != device.type == "cuda":',
         ),
         (
             "return StepCoefficients(_rounded(0.0, betas, weight_decay), lr, weight_decay)",
@@ -583,9 +577,9 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "lion/_state/checks.py": (
         (
-            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r}")',
+            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r} beside momentum of kind {kind.value}")',
             "any of them may be named",
-            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[ -1]!r}")',
+            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[ -1]!r} beside momentum of kind {kind.value}")',
         ),
     ),
     "lion/_state/layout.py": (
