@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lion.cpu_kernels.device import ROWS, TABLE, bits_to_float, float_to_bits, inlined, kernel, load, store
+from lion.cpu_kernels.device import MAGNITUDE, ROWS, TABLE, bits_to_float, float_to_bits, inlined, kernel, load, store
 from lion.cpu_kernels.pool import Int64Array, enter, leave, run
 from lion.reference.rounding import (
     LOW_DTYPES,
@@ -162,12 +162,14 @@ def draw(seed: int, first: int, groups: int, number: int, parameter: int, random
 @inlined
 def read(mode: int, param: int, place: int, i: int) -> np.float32:
     """Return an element of a bfloat16 parameter, joined with its lower part if it has one."""
-    b = np.uint32(load("uint16", param, i) << np.uint32(16))
+    high = np.uint32(load("uint16", param, i) << np.uint32(16))
+    b = high
     if mode == MASTER_32:
-        b = np.uint32(b + load("int16", place, i))
+        b = np.uint32(high + load("int16", place, i))
     elif mode == MASTER_24:
-        b = np.uint32(b + np.uint32(load("int8", place, i) << np.uint32(8)))
-    return bits_to_float(b)
+        b = np.uint32(high + np.uint32(load("int8", place, i) << np.uint32(8)))
+    # Only a negative lower part of ±0 turns the sign.
+    return bits_to_float(high if np.uint32(b ^ high) > MAGNITUDE else b)
 
 
 @inlined

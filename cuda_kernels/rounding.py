@@ -45,6 +45,7 @@ from lion.reference.rounding import (
     STOCHASTIC,
 )
 
+MAGNITUDE = np.uint32(0x7FFFFFFF)
 ONE_HALF = np.uint32(0x8000)
 LOW_HALF_SIGNS, LOW_BYTE_SIGNS = np.uint32(0x80008000), np.uint32(0x80808080)
 MULTIPLIERS = np.uint32(PHILOX_MULTIPLIERS[0]), np.uint32(PHILOX_MULTIPLIERS[1])
@@ -127,12 +128,19 @@ def rounded(weights: int, pattern: np.uint32) -> np.uint32:
 
 
 @device
+def joined(high: np.uint32, low: np.uint32) -> np.float32:
+    """Return a master value; a negative lower part of ±0, which turns the sign, counts as 0."""
+    pattern = wrapping_add(high, low)
+    return from_bits(high if uint32(pattern ^ high) > MAGNITUDE else pattern)
+
+
+@device
 def read_weight(weights: int, dtype: int, param: int, low: int) -> np.float32:
     """Return an element of a parameter, joined with its lower part if it has one."""
     if weights == MASTER_32:
-        return from_bits(wrapping_add(uint32(load_u16(param) << uint32(16)), signed_half(load_u16(low), uint32(0))))
+        return joined(uint32(load_u16(param) << uint32(16)), signed_half(load_u16(low), uint32(0)))
     if weights == MASTER_24:
-        return from_bits(wrapping_add(uint32(load_u16(param) << uint32(16)), signed_byte(load_u8(low), uint32(0))))
+        return joined(uint32(load_u16(param) << uint32(16)), signed_byte(load_u8(low), uint32(0)))
     return load_float(dtype, param)
 
 
@@ -161,18 +169,14 @@ def read_8_weights(weights: int, dtype: int, param: int, low: int, values: np.nd
     if weights == MASTER_32:
         highs, lows = load_4_words(param), load_4_words(low)
         for i in range(4):
-            values[2 * i] = from_bits(wrapping_add(uint32(highs[i] << uint32(16)), signed_half(lows[i], uint32(0))))
-            values[2 * i + 1] = from_bits(
-                wrapping_add(uint32(highs[i] & uint32(0xFFFF0000)), signed_half(lows[i], uint32(1)))
-            )
+            values[2 * i] = joined(uint32(highs[i] << uint32(16)), signed_half(lows[i], uint32(0)))
+            values[2 * i + 1] = joined(uint32(highs[i] & uint32(0xFFFF0000)), signed_half(lows[i], uint32(1)))
     elif weights == MASTER_24:
         highs, lows = load_4_words(param), load_2_words(low)
         for i in range(4):
             word, place = lows[i // 2], 2 * (i % 2)
-            values[2 * i] = from_bits(wrapping_add(uint32(highs[i] << uint32(16)), signed_byte(word, uint32(place))))
-            values[2 * i + 1] = from_bits(
-                wrapping_add(uint32(highs[i] & uint32(0xFFFF0000)), signed_byte(word, uint32(place + 1)))
-            )
+            values[2 * i] = joined(uint32(highs[i] << uint32(16)), signed_byte(word, uint32(place)))
+            values[2 * i + 1] = joined(uint32(highs[i] & uint32(0xFFFF0000)), signed_byte(word, uint32(place + 1)))
     else:
         load_8(dtype, param, values)
 

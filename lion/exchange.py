@@ -1,4 +1,4 @@
-"""State dicts for, and from, other projects' Lion optimizers, and for other meshes.
+"""State dicts for, and from, other projects' Lion optimizers, and for other meshes; 16-bit weights as float32.
 
 Checkpoints of bitsandbytes need no function to be read: ``load_state_dict`` takes them as they are.
 """
@@ -6,24 +6,35 @@ Checkpoints of bitsandbytes need no function to be read: ``load_state_dict`` tak
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from copy import copy
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lion._memory import sharding
-from lion._options import Kind
+from lion._options import Kind, check_group, shown
+from lion._parameters import check_weights, parameter_name
 from lion._state import (
+    adapted,
     check_contents,
     check_parts,
     check_saved_group,
     entries_beside,
+    form_of,
     is_reset,
+    join,
     kind_in,
     momentum,
     quantized,
+    split,
     zero_momentum,
 )
+from lion.optimizers import Lion
+from lion.overrides import GlobalOptimManager
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 StateDict = Mapping[str, Any]
 
@@ -32,7 +43,8 @@ def from_exp_avg(state_dict: StateDict, drop: Sequence[str] = ()) -> dict[str, A
     """Return a state dict for these optimizers made from that of a Lion whose momentum is called ``exp_avg``.
 
     So are those of lion-pytorch, optimi, timm and others. ``betas`` may be given as ``beta1`` and ``beta2``. Without a
-    ``step`` it is 0, which changes no result. A ``gnorm_vec`` that :func:`to_exp_avg` kept is taken along.
+    ``step`` it is 0, which changes no result. A ``gnorm_vec`` and a ``master_low`` that :func:`to_exp_avg` kept are
+    taken along.
 
     Args:
         state_dict: What the other optimizer's ``state_dict()`` returned.
@@ -56,7 +68,7 @@ def from_exp_avg(state_dict: StateDict, drop: Sequence[str] = ()) -> dict[str, A
         if not isinstance(exp_avg, Tensor) or not exp_avg.is_floating_point():
             raise ValueError(f"Invalid state of parameter {saved_id!r}: 'exp_avg' must be a tensor of floats")
         step = entries.pop("step", 0)
-        kept = {"gnorm_vec": entries.pop("gnorm_vec")} if "gnorm_vec" in entries else {}
+        kept = {key: entries.pop(key) for key in ("gnorm_vec", "master_low") if key in entries}
         if entries:
             raise ValueError(
                 f"Invalid state of parameter {saved_id!r}: {next(iter(entries))!r} has no counterpart here; "
@@ -92,7 +104,8 @@ def to_exp_avg(
             groups have these three options only).
         entries: What the other optimizer wants in every state besides ``exp_avg``, for instance
             ``{"kahan_comp": None}`` for optimi (default: nothing).
-        keep: Which of ``"step"`` and ``"gnorm_vec"`` its states keep, for one of these optimizers (default: none).
+        keep: Which of ``"step"``, ``"gnorm_vec"`` and ``"master_low"`` its states keep, for one of these optimizers
+            (default: none).
 
     Returns:
         A state dict for the other optimizer; ``exp_avg`` is float32, which torch's loader casts to the parameter's
@@ -103,8 +116,8 @@ def to_exp_avg(
             the same numbers of parameters, or ``keep`` names something else.
     """
     check_parts(state_dict)
-    if not set(keep) <= {"step", "gnorm_vec"}:
-        raise ValueError(f"Invalid keep: {keep!r}; 'step' and 'gnorm_vec' are allowed")
+    if not set(keep) <= {"step", "gnorm_vec", "master_low"}:
+        raise ValueError(f"Invalid keep: {keep!r}; 'step', 'gnorm_vec' and 'master_low' are allowed")
     own_states = _own_states(state_dict)
     # torch's loader would share a tensor that needs no cast.
     states = {
@@ -131,7 +144,8 @@ def to_exp_avg(
 def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
     """Return the state dict of one of these optimizers for bitsandbytes' class of the same name.
 
-    Momentum that is quantized tensor-wise becomes block-wise: bitsandbytes no longer has the former.
+    Momentum that is quantized tensor-wise becomes block-wise: bitsandbytes no longer has the former. Lower parts of
+    weights, which it does not have either, are left out.
 
     Args:
         state_dict: What ``state_dict()`` returned here.
@@ -148,6 +162,7 @@ def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
         if sharding.is_dtensor(own["state1"]):
             raise ValueError(f"Invalid state of parameter {key!r}: a DTensor; bitsandbytes' optimizers have none")
         new = dict(own, step=int(own["step"]))
+        new.pop("master_low", None)
         if "qmap1" in own and is_reset(own):
             # There codes are made with the map of the state.
             new.update(zero_momentum(own["state1"], kind_in(own)))
@@ -166,6 +181,141 @@ def _own_states(state_dict: StateDict) -> dict[Any, Any]:
     for key, own in states.items():
         _check(key, own)
     return states
+
+
+def float32_state_dict(model: nn.Module, optimizer: Lion) -> dict[str, Any]:
+    """Return a model's state dict in float32, with the master values of its weights: for evaluation and export.
+
+    A bfloat16 parameter that the optimizer keeps the lower part of is joined with it; every other tensor of 16 bits
+    becomes float32 as it is. What is left is the model's own, as in its ``state_dict()``. DTensors stay what they are.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer of its parameters, or of some of them.
+
+    Returns:
+        A state dict with the keys of ``model.state_dict()``.
+
+    Raises:
+        TypeError: If ``optimizer`` is none of this package.
+        ValueError: If the model's state dict does not hold a parameter that has a lower part, as with FSDP1.
+    """
+    _check_optimizer(optimizer)
+    lows = {id(p): state["master_low"] for p, state in optimizer.state.items() if "master_low" in state}
+    own = _tensors_of(model, lows)
+    # Tied parameters stay tied.
+    wide = {id(value): _as_float32(value, lows.get(id(value))) for value in own.values() if isinstance(value, Tensor)}
+    new = copy(own)
+    new.update((key, wide[id(value)]) for key, value in own.items() if isinstance(value, Tensor))
+    return new
+
+
+def load_float32_state_dict(model: nn.Module, optimizer: Lion, state: StateDict) -> None:
+    """Load a model's state dict and keep of its float32 weights what the optimizer's options keep; all or nothing.
+
+    A bfloat16 parameter with ``master_weight_bits`` becomes the upper part of its new value, and the lower part goes
+    into the optimizer, whose state of the parameter is made if there is none. All else is loaded by
+    ``model.load_state_dict``, which rounds to nearest where a tensor has fewer bits.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer of its parameters, or of some of them.
+        state: What :func:`float32_state_dict` or the ``state_dict()`` of a float32 model returned. A DTensor may be
+            given as such or, in every process, whole.
+
+    Raises:
+        TypeError: If ``optimizer`` is none of this package.
+        ValueError: If ``state`` does not fit the model, or the model's state dict does not hold a parameter that has
+            master bits, as with FSDP1; nothing has changed then.
+    """
+    _check_optimizer(optimizer)
+    overrides = GlobalOptimManager.get_instance().lookup()
+    masters = {}
+    for number, group in enumerate(optimizer.param_groups):
+        checked = check_group(group, number)
+        for index, p in enumerate(group["params"]):
+            options, name = {**checked, **overrides.get(id(p), {})}, parameter_name(group, number, index)
+            form = form_of(p, options)
+            if form.master_bits is not None:
+                check_weights(p, options, name)
+                masters[id(p)] = p, form, name
+    own = _tensors_of(model, masters)
+    given = _fitting(own, state)
+    found = {id(value): given[key] for key, value in own.items() if id(value) in masters}
+    with torch.no_grad():
+        parts = []
+        for key, value in found.items():
+            p, form, name = masters[key]
+            wide = sharding.local(value).to(p.device, torch.float32)
+            high, low = split(wide, cast(int, form.master_bits))
+            parts.append((p, adapted(optimizer.state.get(p), p, form, name), high, low))
+        model.load_state_dict(given)
+        for p, new, high, low in parts:
+            sharding.local(p).copy_(high)
+            sharding.local(new["master_low"]).copy_(low)
+            optimizer.state[p] = new
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if not isinstance(optimizer, Lion):
+        raise TypeError(f"Invalid optimizer: {type(optimizer).__name__}; one of this package is allowed")
+
+
+def _tensors_of(model: nn.Module, needed: Mapping[int, object]) -> dict[str, Any]:
+    """Return a model's state dict of the tensors themselves, or raise if one of its parameters is not among them.
+
+    Args:
+        model: The model.
+        needed: The ids of the parameters that have to be there if they are the model's.
+    """
+    own: dict[str, Any] = model.state_dict(keep_vars=True)
+    there = set(map(id, own.values()))
+    for name, p in model.named_parameters():
+        if id(p) in needed and id(p) not in there:
+            raise ValueError(
+                f"Invalid model: its state_dict() does not hold the parameter {name!r} itself, to which a lower part "
+                "belongs; that of FSDP1 never does (torch.distributed.fsdp.fully_shard is supported)"
+            )
+    return own
+
+
+def _as_float32(tensor: Tensor, low: Tensor | None) -> Tensor:
+    tensor = tensor.detach()
+    if low is not None:
+        return sharding.laid_out_like(join(sharding.local(tensor), sharding.local(low)), tensor)
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize == 2 else tensor
+
+
+def _fitting(own: Mapping[str, Any], state: StateDict) -> dict[str, Any]:
+    """Return a state dict for a model, checked, with DTensors where the model has them."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"Invalid state: {type(state).__name__}; a dict is needed")
+    for what, keys in (("lacks", own.keys() - state.keys()), ("has the unknown", state.keys() - own.keys())):
+        if keys:
+            raise ValueError(f"Invalid state: it {what} key {shown(min(keys, key=str))}")
+    # With the metadata that torch keeps in an attribute.
+    given: dict[str, Any] = copy(state) if isinstance(state, dict) else dict(state)
+    for key, place in own.items():
+        if not isinstance(place, Tensor):
+            continue
+        value = state[key]
+        if not isinstance(value, Tensor) or value.shape != place.shape or value.is_complex() != place.is_complex():
+            found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
+            raise ValueError(f"Invalid state: {key!r} is {found}; a tensor of shape {tuple(place.shape)} is needed")
+        if sharding.is_dtensor(place):
+            given[key] = _laid_out(value.detach(), place)
+        elif sharding.is_dtensor(value):
+            given[key] = value.full_tensor()
+    return given
+
+
+def _laid_out(value: Tensor, place: DTensor) -> Tensor:
+    """Return a tensor, which every process has whole or a shard of, laid out as another."""
+    if not sharding.is_dtensor(value):
+        return sharding.laid_out_like(sharding.shard_of(value.to(sharding.local(place).device), place), place)
+    if (value.device_mesh, value.placements) != (place.device_mesh, place.placements):
+        return value.redistribute(place.device_mesh, place.placements)
+    return value
 
 
 def _check(key: object, own: Any) -> None:

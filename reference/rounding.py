@@ -105,7 +105,8 @@ def join(high: Array, low: Array) -> Float32Array:
     """Return master values from their upper and lower parts.
 
     The bits of a value are ``(high << 16) + low`` with a lower part of int16, ``((high << 8) + low) << 8`` with one of
-    int8, modulo 2**32.
+    int8. A negative lower part of ±0, which :func:`split` never makes, counts as 0: it is what is left behind where a
+    program writes 0 to a parameter.
 
     Args:
         high: The upper parts, bfloat16, any shape.
@@ -122,8 +123,9 @@ def join(high: Array, low: Array) -> Float32Array:
     if low.dtype not in LOW_DTYPES.values() or low.shape != high.shape:
         raise ValueError(f"Invalid low: {low.dtype} of shape {low.shape}; int8 or int16 of {high.shape} is needed")
     place = 16 - 8 * low.dtype.itemsize
-    b = (high.view(np.uint16).astype(np.int64) << 16) + (low.astype(np.int64) << place)
-    return (b & WORD).astype(np.uint32).view(np.float32)
+    upper = high.view(np.uint16).astype(np.int64)
+    b = (upper << 16) + np.where((upper & 0x7FFF == 0) & (low < 0), 0, low.astype(np.int64) << place)
+    return b.astype(np.uint32).view(np.float32)
 
 
 def stochastic_round(values: Float32Array, u: Uint16Array) -> Array:

@@ -127,6 +127,11 @@ def unwrapped(state: Mapping[str, Any], like: DTensor, name: str) -> dict[str, A
     return new
 
 
+def laid_out_like(shard: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor of this process's part of another: a DTensor where the other is one, else the part itself."""
+    return _dtensor(shard, like.device_mesh, like.placements, like.shape) if is_dtensor(like) else shard
+
+
 def shard_of(full: Tensor, like: DTensor) -> Tensor:
     """Return this process's shard of a tensor that every process has whole."""
     from torch.distributed.tensor import Replicate

@@ -21,8 +21,10 @@ def join(high: Tensor, low: Tensor) -> Tensor:
     Returns:
         float32 tensor of that shape.
     """
-    place = 32 - BITS[low.dtype]
-    return ((high.view(torch.int16).int() << 16) + (low.int() << place)).view(torch.float32)
+    upper, place = high.view(torch.int16).int() << 16, 32 - BITS[low.dtype]
+    pattern = upper + (low.int() << place)
+    # Only a negative lower part of ±0 turns the sign.
+    return torch.where((pattern ^ upper) < 0, upper, pattern).view(torch.float32)
 
 
 def split(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -132,12 +132,34 @@ def test_a_fresh_lower_part_is_zero(low):
     assert_same_bits(join(high, np.zeros(high.shape, low)), high.astype(F))
 
 
-def test_any_lower_part_is_added_modulo_2_to_the_32():
-    high = np.array([0x0000, 0x0001, 0xFFFF, 0x7F80], np.uint16).view(BF16)
-    joined = join(high, np.array([-1, -(2**15), 2**15 - 1, 1], np.int16))
-    assert_same_bits(joined.view(np.uint32), np.array([0xFFFFFFFF, 0x00008000, 0xFFFF7FFF, 0x7F800001], np.uint32))
-    joined = join(high, np.array([-1, -(2**7), 2**7 - 1, 1], np.int8))
-    assert_same_bits(joined.view(np.uint32), np.array([0xFFFFFF00, 0x00008000, 0xFFFF7F00, 0x7F800100], np.uint32))
+def test_any_lower_part_is_added():
+    high = np.array([0x0001, 0xFFFF, 0x7F80, 0x0000, 0x8000], np.uint16).view(BF16)
+    joined = join(high, np.array([-(2**15), 2**15 - 1, 1, 2**15 - 1, 1], np.int16))
+    expected = np.array([0x00008000, 0xFFFF7FFF, 0x7F800001, 0x00007FFF, 0x80000001], np.uint32)
+    assert_same_bits(joined.view(np.uint32), expected)
+    joined = join(high, np.array([-(2**7), 2**7 - 1, 1, 2**7 - 1, 1], np.int8))
+    expected = np.array([0x00008000, 0xFFFF7F00, 0x7F800100, 0x00007F00, 0x80000100], np.uint32)
+    assert_same_bits(joined.view(np.uint32), expected)
+
+
+@pytest.mark.parametrize("low", LOW.values())
+def test_a_negative_lower_part_of_zero_counts_as_zero(low):
+    lows = np.arange(np.iinfo(low).min, 0, dtype=low)
+    for pattern in (0x0000, 0x8000):
+        high = np.full(lows.shape, pattern, np.uint16).view(BF16)
+        assert_same_bits(join(high, lows).view(np.uint32), np.full(lows.shape, pattern << 16, np.uint32))
+
+
+@pytest.mark.parametrize("low", LOW.values())
+def test_a_number_stays_within_half_a_unit_of_its_upper_part(low):
+    """Whatever a program writes to a parameter, the lower part that was left behind makes no other number of it."""
+    high = np.arange(1 << 16, dtype=np.uint16).view(BF16)
+    high = high[np.isfinite(high.astype(F))]
+    for extreme in (np.iinfo(low).min, np.iinfo(low).max):
+        joined = join(high, np.full(high.shape, extreme, low))
+        assert np.isfinite(joined).all() and (np.signbit(joined) == np.signbit(high.astype(F))).all()
+        distance = np.abs(joined.view(np.uint32).astype(np.int64) - (high.view(np.uint16).astype(np.int64) << 16))
+        assert (distance <= 2**15).all()
 
 
 @pytest.mark.parametrize("bits", [0, 16, 23, 25, 31, 33])
