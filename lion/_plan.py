@@ -104,7 +104,12 @@ class Plan:
                 "taken: warm up with such steps first"
             )
         self._ids = [id(member.p) for member in members]
-        states.update([(m.p, adapted(states.get(m.p), m.p, m.form, m.name)) for m in members])
+        for member, new in [(m, adapted(states.get(m.p), m.p, m.form, m.name)) for m in members]:
+            # Programs that hold a state go on seeing it.
+            old = states.setdefault(member.p, new)
+            if old is not new:
+                old.clear()
+                old.update(new)
         self._parts = [
             _part(members, numbers, states) for numbers in _together(members, [states[m.p] for m in members])
         ]
