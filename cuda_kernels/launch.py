@@ -64,6 +64,15 @@ def require() -> None:
         NVVM()
     except Exception as error:
         raise RuntimeError(f"CUDA tensors need the compiler libraries of numba-cuda: {INSTALL}") from error
+    from cuda.bindings import nvjitlink
+
+    # Where torch has loaded a linker, numba-cuda gets that one; it cannot read what a newer compiler writes.
+    compiler, linker = int(importlib.metadata.version("cuda-bindings").split(".")[0]), nvjitlink.version()[0]
+    if linker < compiler:
+        raise RuntimeError(
+            f"numba-cuda is installed for CUDA {compiler}, torch for CUDA {linker}: in a new environment, "
+            f'pip install "numba-lion[cu{linker}]"'
+        )
     if not cuda.is_available():
         raise RuntimeError(
             f"numba-cuda finds no usable CUDA driver: update the driver, or install the matching extra: {INSTALL}"
@@ -75,8 +84,9 @@ def _version() -> str:
     """Return a hash of everything the compiled kernels depend on but numba-cuda's cache does not look at."""
     folder = Path(__file__).parent
     digest = hashlib.sha256(importlib.metadata.version("numba-cuda").encode())
-    for path in sorted(folder.glob("*.py")):
-        digest.update(path.read_bytes())
+    for package in (folder, folder.parent / "reference"):
+        for path in sorted(package.glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -99,12 +109,15 @@ def kernel(
     from lion.cuda_kernels import clipping, lion, quantization
     from lion.cuda_kernels.device import BFLOAT16, FLOAT16, FLOAT32
 
-    codes = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
+    codes: dict[str | None, int] = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
     make = (vars(lion) | vars(quantization) | vars(clipping))[f"make_{name}"]
     options: dict[str, Any] = {"scaled_loss": True} if scaled_loss else {}
-    if name in UPDATES:
-        options |= {"grad_dtype": codes[grad_dtype or dtype], "weights": weights}
-    function = make() if dtype is None else make(codes[dtype], **options)
+    if dtype is None:
+        function = make()
+    else:
+        if name in UPDATES:
+            options |= {"grad_dtype": codes[grad_dtype or dtype], "weights": weights}
+        function = make(codes[dtype], **options)
     # numba-cuda's disk cache names its files so; it would not notice a change in another module.
     kind = f"{dtype or 'any'}{f'_{grad_dtype}' if grad_dtype else ''}{f'_weights{weights}' if weights else ''}"
     function.__qualname__ = f"{name}_{kind}{'_scaled' * scaled_loss}_{_version()}"
@@ -118,10 +131,15 @@ def _compiled(name: str, dtype: str | None, device: int, **kind: Any) -> tuple[A
     from numba import config, cuda, types
 
     function = kernel(name, dtype, **kind)
-    dispatcher = cuda.jit(cache=True)(function)
     if config.ENABLE_CUDASIM:
-        return dispatcher, SIMULATED_BLOCKS
-    compiled = dispatcher.compile((types.int64,) * function.__code__.co_argcount)
+        return cuda.jit(function), SIMULATED_BLOCKS
+    signature = (types.int64,) * function.__code__.co_argcount
+    try:
+        dispatcher = cuda.jit(cache=True)(function)
+        compiled = dispatcher.compile(signature)
+    except (OSError, RuntimeError):  # there is no folder that can be written, or the disk is full
+        dispatcher = cuda.jit(function)
+        compiled = dispatcher.compile(signature)
     return dispatcher, compiled.max_cooperative_grid_blocks(32 * WARPS)
 
 
@@ -136,15 +154,24 @@ def _stream(device: int, handle: int) -> Any:
 
 
 def _launch(name: str, dtype: str | None, device: int, stream: int, blocks: int, *arguments: int, **kind: Any) -> None:
-    """Launch a kernel; ``kind`` are further arguments of :func:`kernel`."""
-    dispatcher, resident = _compiled(name, dtype, device, **kind)
-    grid = max(1, min(blocks, resident))
-    if simulated():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)
-            dispatcher[grid, 32](*(np.int64(argument) for argument in arguments))
-    else:
-        _configured(dispatcher, grid, _stream(device, stream))(*arguments)
+    """Launch a kernel; ``kind`` are further arguments of :func:`kernel`.
+
+    Raises:
+        RuntimeError: Whatever the compiler or the driver reports; their own errors are of other classes.
+    """
+    try:
+        dispatcher, resident = _compiled(name, dtype, device, **kind)
+        grid = max(1, min(blocks, resident))
+        if simulated():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                dispatcher[grid, 32](*(np.int64(argument) for argument in arguments))
+        else:
+            _configured(dispatcher, grid, _stream(device, stream))(*arguments)
+    except (OSError, MemoryError, RuntimeError):
+        raise
+    except Exception as error:
+        raise RuntimeError(f"The CUDA kernel {name} on device {device}: {type(error).__name__}: {error}") from error
 
 
 @functools.cache

@@ -148,11 +148,11 @@ def check_algorithm(group: Mapping[str, Any], number: int | None = None) -> None
     Raises:
         ValueError: Naming the option.
     """
-    for key in OTHER_ALGORITHMS.keys() & group.keys():
-        if not _changes_nothing(key, group[key]):
+    for key, value in group.items():
+        if key in OTHER_ALGORITHMS and not _changes_nothing(key, value):
             where = "parameter group" if number is None else f"group {number}"
             raise ValueError(
-                f"Invalid {where}: {key}={shown(group[key])} has no counterpart in Lion{_advice(key)}; "
+                f"Invalid {where}: {key}={shown(value)} has no counterpart in Lion{_advice(key)}; "
                 f"leave it out or set it to {OTHER_ALGORITHMS[key]}"
             )
 

@@ -97,8 +97,19 @@ class Plan:
         }  # a dict, to keep their order
         self._norms: dict[_Shards, _Norms] = {}
         members = self._members(groups, overrides)
+        # What is copied and set to zero for a new plan would be done when the graph is replayed, not now.
+        if any(for_device(device).is_capturing(device) for device in {member.p.device for member in members}):
+            raise RuntimeError(
+                "A step cannot be captured before one with the same parameters, gradients, states and options was "
+                "taken: warm up with such steps first"
+            )
         self._ids = [id(member.p) for member in members]
-        states.update([(m.p, adapted(states.get(m.p), m.p, m.form, m.name)) for m in members])
+        for member, new in [(m, adapted(states.get(m.p), m.p, m.form, m.name)) for m in members]:
+            # Programs that hold a state go on seeing it.
+            old = states.setdefault(member.p, new)
+            if old is not new:
+                old.clear()
+                old.update(new)
         self._parts = [
             _part(members, numbers, states) for numbers in _together(members, [states[m.p] for m in members])
         ]
@@ -292,7 +303,7 @@ def _coefficients(group: Group, override: Mapping[str, Any], device: torch.devic
         check_value(key, value, group) for key, value in zip(HYPERPARAMETERS, given, strict=True)
     )
     if isinstance(lr, Tensor):
-        if lr.device == device and device.type == "cuda":
+        if lr.device.type == device.type == "cuda":
             return StepCoefficients(_rounded(0.0, betas, weight_decay), lr, weight_decay)
         lr = rate_on_host(lr, group)
     return StepCoefficients(_rounded(lr, betas, weight_decay), None, weight_decay)

@@ -20,6 +20,7 @@ from lion._state import (
     check_contents,
     check_parts,
     check_saved_group,
+    entries_beside,
     form_of,
     is_reset,
     join,
@@ -117,8 +118,7 @@ def to_exp_avg(
     check_parts(state_dict)
     if not set(keep) <= {"step", "gnorm_vec", "master_low"}:
         raise ValueError(f"Invalid keep: {keep!r}; 'step', 'gnorm_vec' and 'master_low' are allowed")
-    for key, own in state_dict["state"].items():
-        _check(key, own)
+    own_states = _own_states(state_dict)
     # torch's loader would share a tensor that needs no cast.
     states = {
         key: {
@@ -126,7 +126,7 @@ def to_exp_avg(
             **(entries or {}),
             **{name: own[name].clone() for name in keep if name in own},
         }
-        for key, own in state_dict["state"].items()
+        for key, own in own_states.items()
     }
     own_groups = state_dict["param_groups"]
     templates = [{"params": group["params"]} for group in own_groups] if param_groups is None else param_groups
@@ -157,9 +157,8 @@ def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
         ValueError: If a state is none of one of these optimizers, or that of a DTensor.
     """
     check_parts(state_dict)
-    states = {}
-    for key, own in state_dict["state"].items():
-        _check(key, own)
+    states = dict(state_dict["state"])
+    for key, own in _own_states(state_dict).items():
         if sharding.is_dtensor(own["state1"]):
             raise ValueError(f"Invalid state of parameter {key!r}: a DTensor; bitsandbytes' optimizers have none")
         new = dict(own, step=int(own["step"]))
@@ -173,6 +172,15 @@ def to_bitsandbytes(state_dict: StateDict) -> dict[str, Any]:
         states[key] = new
     groups = [{"eps": 0.0, **group, "lr": float(group["lr"])} for group in state_dict["param_groups"]]
     return {"state": states, "param_groups": groups}
+
+
+def _own_states(state_dict: StateDict) -> dict[Any, Any]:
+    """Return the states of the parameters, checked, without what a program has put beside them."""
+    beside = entries_beside(state_dict)
+    states = {key: own for key, own in state_dict["state"].items() if key not in beside}
+    for key, own in states.items():
+        _check(key, own)
+    return states
 
 
 def float32_state_dict(model: nn.Module, optimizer: Lion) -> dict[str, Any]:

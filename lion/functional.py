@@ -18,7 +18,7 @@ from lion import _dynamic_map, reference
 from lion._backends import DTYPES, for_device
 from lion._options import flag, integer, shown
 
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES = tuple(2**i for i in range(6, 17))
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -59,7 +59,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
     Args:
         signed: Whether negative values are represented too (default: True).
-        max_exponent_bits: Number of decades (default: 7).
+        max_exponent_bits: Number of decades, at most ``total_bits`` of a signed map (default: 7).
         total_bits: Bits of a code (default: 8).
 
     Returns:
@@ -88,7 +88,7 @@ def quantize_blockwise(
         code: The quantization map, float32 of shape (256,), ascending (default: the signed dynamic map).
         absmax: Where to put the absmax values: contiguous float32, one per block (default: a new tensor).
         out: Where to put the codes: contiguous uint8, the shape of ``A`` (default: a new tensor).
-        blocksize: Elements in a block: 64, 128, 256, 512, 1024, 2048 or 4096 (default: 4096).
+        blocksize: Elements in a block, a power of two from 64 to 65536 (default: 4096).
 
     Returns:
         The codes and the :class:`QuantState` to dequantize them with.
@@ -198,7 +198,7 @@ def percentile_clipping(
 
 def _block_count(numel: int, blocksize: int) -> int:
     if blocksize not in BLOCK_SIZES:
-        raise ValueError(f"Invalid blocksize: {blocksize}; {', '.join(map(str, BLOCK_SIZES))} are allowed")
+        raise ValueError(f"Invalid blocksize: {blocksize}; a power of two from 64 to 65536 is allowed")
     return -(-numel // blocksize)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,23 @@ from lion._options import CHECKS, check_value, shown
 
 _IGNORED_UPSTREAM = frozenset({"is_sparse"})
 _MARK = "_lion_overrides"
+# So many parameters that nobody holds may die, one after the other, before others are taken for dead unseen.
+_SEARCHES = 4
+
+
+@dataclass
+class _Override:
+    """The options of a parameter.
+
+    Attributes:
+        config: The options.
+        mark: What tells when the parameter has died or has got another content.
+        holders: Who had the parameter when it was last searched for, as far as that is worth anything.
+    """
+
+    config: dict[str, Any]
+    mark: objects.Mark
+    holders: Sequence[objects.Holder] = ()
 
 
 class GlobalOptimManager:
@@ -49,8 +67,9 @@ class GlobalOptimManager:
 
     def initialize(self) -> None:
         """Forget all overrides."""
-        # By the id of a parameter: its options, and what tells when it is gone.
-        self._configs: dict[int, tuple[dict[str, Any], objects.Mark]] = {}
+        # By the id of a parameter.
+        self._configs: dict[int, _Override] = {}
+        self._searches_in_vain = 0
         self._modules: list[tuple[weakref.ref[nn.Module], str, dict[str, Any]]] = []
         self.version = object()
 
@@ -141,26 +160,44 @@ class GlobalOptimManager:
 
     def _merge(self, p: Tensor, config: dict[str, Any]) -> None:
         # Without its old mark, which must not report that a new one takes its place.
-        before, _ = self._configs.pop(id(p), ({}, None))
-        self._keep(p, {**before, **config})
+        before = self._configs.pop(id(p), None)
+        self._keep(p, config if before is None else {**before.config, **config})
+        self._searches_in_vain = 0
         self.version = object()
 
-    def _keep(self, p: Tensor, config: dict[str, Any]) -> None:
+    def _keep(self, p: Tensor, config: dict[str, Any], holders: Sequence[objects.Holder] = ()) -> None:
         identity = id(p)
-        self._configs[identity] = config, objects.mark(p, _MARK, lambda: self._follow(identity))
+        mark = objects.mark(p, _MARK, lambda: self._follow(identity))
+        self._configs[identity] = _Override(config, mark, holders)
 
     def _follow(self, identity: int) -> None:
         """Forget the options of a parameter that has died; keep those of one that has got another content."""
-        config, _ = self._configs.pop(identity, (None, None))
-        if config is None or sys.is_finalizing():
+        override = self._configs.pop(identity, None)
+        if override is None or sys.is_finalizing():
             return
-        p = objects.living(identity)
+        holders = override.holders
+        if holders:
+            p = objects.held(identity, holders)
+        elif self._searches_in_vain == _SEARCHES:
+            p = None
+        else:
+            # It takes long, so it is done for all others at the same time.
+            living, found = objects.search({identity, *self._configs})
+            for other, others in found.items():
+                if other in self._configs:
+                    self._configs[other].holders = others
+            p, holders = living.get(identity), found.get(identity, ())
+            self._searches_in_vain = self._searches_in_vain + 1 if p is None else 0
         if p is not None:
-            self._keep(p, config)
+            self._keep(p, override.config, holders)
 
     def lookup(self) -> dict[int, dict[str, Any]]:
         """Return the options of every parameter that has some, by the parameter's id."""
-        found = {identity: config for identity, (config, _) in self._configs.copy().items()}
+        found = {}
+        self._searches_in_vain = 0
+        for identity, override in self._configs.copy().items():
+            found[identity] = override.config
+            override.holders = ()
         for ref, name, config in self._modules:
             module = ref()
             for p in [] if module is None else _parameters_behind(module, name):

@@ -22,22 +22,24 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
 
     Args:
         signed: Whether negative values are represented too (default: True).
-        max_exponent_bits: Number of decades (default: 7).
+        max_exponent_bits: Number of decades (default: 7); as many as ``total_bits`` leave no bit for the lowest one of
+            a signed map, which is empty then.
         total_bits: Bits of a code (default: 8); with fewer, the map is padded with zeros to 256 entries.
 
     Returns:
         float32 array of shape (256,), ascending.
 
     Raises:
-        ValueError: If the bits do not fit: ``1 <= max_exponent_bits < total_bits <= 8`` must hold.
+        ValueError: If the bits do not fit: ``1 <= max_exponent_bits <= total_bits <= 8`` must hold, and an unsigned map
+            needs ``max_exponent_bits < total_bits``.
 
     Source:
         arXiv 2110.02861, section 1.3 and figure 2; entries equal to bitsandbytes' ``create_dynamic_map``.
     """
-    if not 1 <= max_exponent_bits < total_bits <= 8:
+    if not (1 <= max_exponent_bits <= total_bits <= 8 and (signed or max_exponent_bits < total_bits)):
         raise ValueError(
             f"Invalid max_exponent_bits and total_bits: {max_exponent_bits}, {total_bits}; "
-            "1 <= max_exponent_bits < total_bits <= 8 is allowed"
+            f"1 <= max_exponent_bits {'<=' if signed else '<'} total_bits <= 8 is allowed"
         )
     extra_bits = total_bits - 1 - max_exponent_bits
     values = [np.float32(0.0), np.float32(1.0)]
@@ -49,7 +51,7 @@ def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bi
         if signed:
             values.extend(-decade * means)
 
-    for i in range(max_exponent_bits):
+    for i in range(max(0, -extra_bits), max_exponent_bits):
         intervals = 2 ** (i + extra_bits + (0 if signed else 1))
         add_decade(np.float32(10.0 ** (i + 1 - max_exponent_bits)), intervals)
     if extra_bits > 0:

@@ -107,6 +107,7 @@ class Batch:
         self.table[PARAM], self.table[SIZE] = self._addresses, self._sizes
         self._strides = list(map(_stride, operands)) if in_memory_order else None
         self._staged = not in_memory_order and not all(map(_is_contiguous, operands))
+        self._identities = _identities(states)
         self._entries = []
         self.paged: list[tuple[int, int]] = []
         for key, row in _ROWS.items():
@@ -186,8 +187,10 @@ class Batch:
         )
 
     def _states_fit(self, states: Sequence[State]) -> bool:
-        return all(self._place(list(map(itemgetter(key), states))) == place for key, place in self._entries) and (
-            self._maps is None or _versions(states) == self._maps
+        return (
+            _identities(states) == self._identities
+            and all(self._place(list(map(itemgetter(key), states))) == place for key, place in self._entries)
+            and (self._maps is None or _versions(states) == self._maps)
         )
 
     def _place(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[int], set[torch.dtype], list[int]]:
@@ -222,6 +225,11 @@ class Batch:
         """Let go of the tensors of a step, and of all copies."""
         self.params = self._states = self.operands = self._in_place = self.gradients = ()
         self.squared_norms = None
+
+
+def _identities(states: Sequence[State]) -> tuple[list[int], list[int]]:
+    """Return what tells whether states were replaced, or have got an entry more or less."""
+    return list(map(id, states)), list(map(len, states))
 
 
 def _versions(states: Sequence[State]) -> tuple[list[int], list[int]]:

@@ -17,6 +17,9 @@ from lion.cpu_kernels import Master, Stochastic
 class CpuBackend:
     """CPU tensors, through :mod:`lion.cpu_kernels`."""
 
+    def is_capturing(self, device: torch.device) -> bool:
+        return False
+
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         if loss_scale.skips():
             return

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,9 @@ class CudaBackend:
                 "and CUDA tensors where it is not"
             )
         self._captured: set[_Memory] = set()
+
+    def is_capturing(self, device: torch.device) -> bool:
+        return _is_capturing(device)
 
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         memory = _memory_of(batch, summed=False)
@@ -133,9 +136,11 @@ def _way_of_keeping(batch: Batch) -> int:
 
 def _memory_of(batch: Batch, summed: bool) -> _Memory:
     if batch.device_memory is None:
-        batch.device_memory = _Memory(
-            batch.table[SIZE], batch.device, batch.percentile < 100, batch.kind is Kind.TENSORWISE, summed
-        )
+        # What is made in torch's inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            batch.device_memory = _Memory(
+                batch.table[SIZE], batch.device, batch.percentile < 100, batch.kind is Kind.TENSORWISE, summed
+            )
     memory: _Memory = batch.device_memory
     return memory
 
@@ -178,7 +183,9 @@ class _Memory:
         self._exact = torch.empty((), dtype=torch.float64, device=device)
         self._loss_scale = torch.empty(2, dtype=torch.float32, device=device)
         self._written: tuple[Int64Array, object] | None = None
+        self._lookup = _lookup(device)
         self._hosts: list[Tensor] = []
+        self._spare_host: Tensor | None = None
         self.update_arguments = self.tables[0].data_ptr(), len(self.works[0])
         self.norm_arguments = self.tables[len(works) - 1].data_ptr(), len(self.works[-1])
         self.clip_arguments = self.tables[-1].data_ptr(), len(sizes)
@@ -242,7 +249,7 @@ class _Memory:
                     items=len(work),
                     scales=self._scale_addresses,
                     partials=partials,
-                    lookup=_lookup(self.device).data_ptr(),
+                    lookup=self._lookup.data_ptr(),
                     **columns,
                 )
                 for work, sizes, partials in self._layouts
@@ -251,20 +258,37 @@ class _Memory:
         if self.device.type == "cpu":
             self.tables.copy_(torch.from_numpy(words))
             return
-        host = torch.empty(words.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+        # A graph copies from this memory at every replay. It is allocated before, since torch before 2.11 asks the
+        # driver what it must not be asked during a capture.
+        spare = self._spare_host
+        if spare is None:
+            spare = torch.empty(words.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+        if _is_capturing(self.device):
+            host, self._spare_host = spare, None
+            self._hosts.append(host)
+        else:
+            host, self._spare_host = torch.empty_like(spare, pin_memory=True), spare
         host.numpy()[...] = words
         self.tables.copy_(host, non_blocking=True)
-        if _is_capturing(self.device):
-            self._hosts.append(host)
 
 
 def _upload(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device, copy=True)
+    """Return a copy on a device, in the order of its current stream; the host does not wait."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.clone()
 
 
-@lru_cache
+_lookups: dict[torch.device, Tensor] = {}
+_lookups_lock = threading.Lock()
+
+
 def _lookup(device: torch.device) -> Tensor:
-    return _upload(lookup_table().view(np.int32), device)
+    """Return the table of the 8-bit updates, one for a device; whoever takes its address has to keep it."""
+    with _lookups_lock:
+        if device not in _lookups:
+            # Other streams read it too, so that this copy is waited for.
+            _lookups[device] = torch.from_numpy(lookup_table().view(np.int32)).to(device, copy=True)
+        return _lookups[device]
 
 
 def _is_capturing(device: torch.device) -> bool:

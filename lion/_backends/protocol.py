@@ -31,6 +31,9 @@ class StepCoefficients(NamedTuple):
 class Backend(Protocol):
     """What the optimizers and the functional API ask of an implementation; tensors are contiguous and checked."""
 
+    def is_capturing(self, device: torch.device) -> bool:
+        """Return whether what a device is told to do now goes into a graph instead."""
+
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         """Update parameters and states of a batch in place."""
 

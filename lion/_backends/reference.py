@@ -21,6 +21,9 @@ from lion._options import Kind
 class ReferenceBackend:
     """CPU tensors, through :mod:`lion.reference`: slow, and right by definition."""
 
+    def is_capturing(self, device: torch.device) -> bool:
+        return False
+
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         if loss_scale.skips():
             return

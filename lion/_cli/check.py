@@ -227,20 +227,24 @@ class _Copy:
         self.momentum = np.full(self.expected.size, np.flatnonzero(_QMAP == 0)[0], np.uint8)
         self.absmax = np.zeros(blocks, np.float32)
 
-    def step(self, grad: Array, k: reference.Coefficients, absmax_key: str, percentile: int) -> None:
+    def step(
+        self, grad: Array, k: reference.Coefficients, absmax_key: str, percentile: int, inv_scale: np.float32
+    ) -> None:
         """Move the copy and set the parameter's gradient."""
         self.steps += 1
         self.gradient.copy_(_tensor(grad, self.gradient.dtype))
         scale = np.float32(1)
         if percentile < HISTORY:
-            norm = reference.squared_norm(grad)
+            norm = reference.squared_norm(grad, inv_scale)
             self.history, _, _, scale = reference.percentile_clipping(self.history, norm, self.steps, percentile)
         if not absmax_key:
-            self.expected, self.momentum = reference.update_32bit(self.expected, grad, self.momentum, k, scale)
+            self.expected, self.momentum = reference.update_32bit(
+                self.expected, grad, self.momentum, k, scale, inv_scale
+            )
             return
         update = reference.update_8bit_blockwise if absmax_key == "absmax1" else reference.update_8bit_tensorwise
         self.expected, self.momentum, self.absmax = update(
-            self.expected, grad, self.momentum, self.absmax, _QMAP, k, scale
+            self.expected, grad, self.momentum, self.absmax, _QMAP, k, scale, inv_scale=inv_scale
         )
 
     def compare(self, what: str, state: dict[str, Tensor], grad: Array, absmax_key: str) -> Iterator[int]:
@@ -272,6 +276,7 @@ def _follow(
     dtype: torch.dtype,
     members: Sequence[tuple[int, Gradients]],
     steps: int,
+    loss_scale: float | None = None,
     **options: Any,
 ) -> Iterator[int]:
     """Step parameters through the optimizer and through the reference, comparing after each step.
@@ -282,6 +287,7 @@ def _follow(
         members: For each parameter its size, and what returns its gradient for a step and a size; step 0 gives the
             initial values.
         steps: Number of steps.
+        loss_scale: Factor of the loss that the steps undo, as with a GradScaler (default: none).
         options: Arguments of the optimizer.
     """
     hyper = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0, **options}
@@ -291,11 +297,16 @@ def _follow(
     for (n, _), copy in zip(members, copies, strict=True):
         if absmax_key:
             copy.begin_8bit(1 if absmax_key == "max1" else -(-n // reference.BLOCK_SIZE))
-    optimizer = Lion([copy.param for copy in copies], min_8bit_size=0, **hyper)
+    optimizer: Any = Lion([copy.param for copy in copies], min_8bit_size=0, **hyper)
+    inv_scale = np.float32(1)
+    if loss_scale is not None:
+        optimizer.grad_scale = torch.tensor(loss_scale, device=target.device)
+        optimizer.found_inf = torch.zeros((), device=target.device)
+        inv_scale /= np.float32(loss_scale)
     for step in range(1, steps + 1):
         grads = [make(step, n) for n, make in members]
         for copy, grad in zip(copies, grads, strict=True):
-            copy.step(grad, k, absmax_key, options.get("percentile_clipping", HISTORY))
+            copy.step(grad, k, absmax_key, options.get("percentile_clipping", HISTORY), inv_scale)
         optimizer.step()
         for (n, _), copy, grad in zip(members, copies, grads, strict=True):
             what = f"step {step}, {n} elements, offset {copy.param.storage_offset()}"
@@ -392,13 +403,17 @@ CHECKS: dict[str, Check] = {
     "32-bit": _update(optim_bits=32),
     "32-bit, weight decay": _update(optim_bits=32, weight_decay=0.1),
     "32-bit, percentile clipping": _clipped(optim_bits=32),
+    "32-bit, scaled loss": _update(optim_bits=32, loss_scale=1536.0),
     "8-bit blockwise": _update(optim_bits=8),
     "8-bit blockwise, weight decay": _update(optim_bits=8, weight_decay=0.1),
     "8-bit blockwise, percentile clipping": _clipped(optim_bits=8),
+    "8-bit blockwise, scaled loss": _update(optim_bits=8, loss_scale=1536.0),
+    "8-bit blockwise, scaled loss, clipping": _clipped(optim_bits=8, loss_scale=1536.0),
     "8-bit blockwise, paged": _paged,
     "8-bit tensor-wise": _update(optim_bits=8, block_wise=False),
     "8-bit tensor-wise, weight decay": _update(optim_bits=8, block_wise=False, weight_decay=0.1),
     "8-bit tensor-wise, percentile clipping": _clipped(optim_bits=8, block_wise=False),
+    "8-bit tensor-wise, scaled loss": _update(optim_bits=8, block_wise=False, loss_scale=1536.0),
     "functional.quantize_blockwise": _quantize,
     "functional.dequantize_blockwise": _dequantize,
     "functional.percentile_clipping": _norms,

@@ -158,14 +158,15 @@ def timer(step: Step, device: torch.device, before: Step = lambda: None) -> Time
 
         def timed_by_events() -> float:
             before()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            stream = torch.cuda.current_stream(device)
-            # In training the host runs ahead of the GPU; without a head start its launches would be timed.
-            torch.cuda._sleep(HEAD_START)
-            begin.record(stream)
-            step()
-            end.record(stream)
-            end.synchronize()
+            with torch.cuda.device(device):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                stream = torch.cuda.current_stream()
+                # In training the host runs ahead of the GPU; without a head start its launches would be timed.
+                torch.cuda._sleep(HEAD_START)
+                begin.record(stream)
+                step()
+                end.record(stream)
+                end.synchronize()
             return begin.elapsed_time(end) / 1e3
 
         return timed_by_events

@@ -1,7 +1,7 @@
 """What is kept for a parameter: its layout, checks, conversions, and how it is saved and loaded."""
 
 from lion._state.adapting import adapted, momentum, placed, quantized, zero_momentum
-from lion._state.checkpoints import check_parts, check_saved_group, converted, python_numbers
+from lion._state.checkpoints import check_parts, check_saved_group, converted, entries_beside, python_numbers
 from lion._state.checks import check_contents, is_reset
 from lion._state.layout import Form, State, form_of, kind_in, rounding_seed_of
 from lion._state.master import join, split
@@ -14,6 +14,7 @@ __all__ = [
     "check_parts",
     "check_saved_group",
     "converted",
+    "entries_beside",
     "form_of",
     "is_reset",
     "join",

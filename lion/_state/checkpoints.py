@@ -37,7 +37,7 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
     """
     saved_groups, saved_states, entries = _parts(state_dict, groups)
     new_groups = []
-    states: defaultdict[Any, Any] = defaultdict(dict, entries)
+    states: defaultdict[Any, Any] = defaultdict(dict)
     overrides = GlobalOptimManager.get_instance().lookup()
     for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         own = {key: group[key] for key in ("params", "param_names", *STATE_OPTIONS) if key in group}
@@ -58,6 +58,7 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
                     # Here it has entries of the program only; elsewhere the momentum is one of them.
                     raise ValueError(f"Invalid state of {name}: the key 'state1' is missing")
                 states[p] = load(saved_state, place, form, name)
+    states.update(entries)
     return {"state": states, "param_groups": new_groups}
 
 
@@ -88,6 +89,21 @@ def check_parts(state_dict: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid state_dict: group {number} must be a dict with a list under the key 'params'")
         if not isinstance(saved.get("param_names", []), (list, tuple)):
             raise ValueError(f"Invalid state_dict: group {number}: 'param_names' must be a list")
+
+
+def entries_beside(state_dict: Mapping[str, Any]) -> set[Any]:
+    """Return the keys of what a program has put beside the states of the parameters.
+
+    Raises:
+        ValueError: If one of them is the state of a parameter that no group holds.
+    """
+    states = state_dict["state"]
+    ids = [saved_id for saved in state_dict["param_groups"] for saved_id in saved["params"]]
+    keys = states.keys() - {saved_id for saved_id in ids if isinstance(saved_id, Hashable)}
+    for key in keys:
+        if isinstance(key, int) or (isinstance(states[key], Mapping) and not is_unused(states[key])):
+            raise ValueError(f"Invalid state_dict: no group holds the parameter {key!r} of its states")
+    return keys
 
 
 def check_saved_group(saved: Mapping[str, Any], number: int) -> None:
@@ -154,9 +170,5 @@ def _parts(
         raise ValueError("Invalid state_dict: 'params' must hold the keys of its states")
     if len(set(ids)) != len(ids):
         raise ValueError("Invalid state_dict: a parameter is in 'params' more than once")
-    states, entries = state_dict["state"], {}
-    for key in states.keys() - set(ids):
-        if isinstance(key, int) or (isinstance(states[key], Mapping) and not is_unused(states[key])):
-            raise ValueError(f"Invalid state_dict: no group holds the parameter {key!r} of its states")
-        entries[key] = moved(states[key], None, shown(key))
-    return saved_groups, states, entries
+    states = state_dict["state"]
+    return saved_groups, states, {key: moved(states[key], None, shown(key)) for key in entries_beside(state_dict)}

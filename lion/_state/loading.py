@@ -58,6 +58,8 @@ def load(saved: object, p: Tensor, form: Form, name: str) -> State:
         key: value.detach().to(p.device, copy=True, memory_format=torch.contiguous_format)
         for key, value in flat.items()
     }
+    for key, value in state.items():
+        check_memory(key, value, name)
     kind = kind_in(state)
     if kind is Kind.TENSORWISE:
         # bitsandbytes' scratch holds what is left of an earlier step.
@@ -135,6 +137,8 @@ def _flattened(saved: object, name: str) -> State:
         check_memory("step", step, name)
     if is_dense(step) and step.numel() == 1 and not step.is_complex():
         flat["step"] = step = step.detach().reshape(()).to(torch.float32)
+        if not sharding.is_dtensor(step):
+            check_memory("step", step, name)
         # The kernels take it as an int64.
         if not (0 <= step < 2**63 and step == step.floor()):
             raise ValueError(f"Invalid state of {name}: 'step' is {step.item()}; a whole number below 2^63 is needed")

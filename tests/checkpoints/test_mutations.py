@@ -166,7 +166,6 @@ GROUPS = [
     (put("param_groups", 1, "params", value=[5]), "no group holds the parameter 1"),
     (put("state", 5, value={}), "no group holds the parameter 5"),
     (put("state", "weight", value={"step": 1.0}), "no group holds the parameter 'weight'"),
-    (put("state", "weight", value={"momentum": torch.zeros(3, device="meta")}), "'weight' cannot be copied"),
     (put("param_groups", 1, "lr", value=-1.0), "group 1: .*learning rate"),
     (put("param_groups", 1, "lr", value="fast"), "group 1: .*learning rate"),
     (put("param_groups", 1, "lr", value=float("nan")), "group 1: .*learning rate"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import json
 from contextlib import AbstractContextManager
 
@@ -89,14 +89,37 @@ def test_gpu_with_a_numpy_too_new_for_numba_cuda(
 ) -> None:
     pytest.importorskip("numba_cuda")
 
-    def fail(name: str) -> None:
-        raise error
+    import_module = importlib.import_module
+
+    def fail(name: str, *package: str) -> object:
+        if name.startswith("numba.cuda"):
+            raise error
+        return import_module(name, *package)
 
     launch.require.cache_clear()
     monkeypatch.setattr(importlib, "import_module", fail)
     monkeypatch.setattr(np, "__version__", "2.5.5")
     assert main(["check"]) == 1
     assert f'cannot be imported with NumPy 2.5.5 ({error}): pip install "numpy<2.5"' in capsys.readouterr().err
+
+
+@pytest.mark.skipif(launch.simulated(), reason="the simulator needs nothing of what is missing")
+def test_gpu_with_a_torch_of_another_cuda(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, gpu_only: None
+) -> None:
+    pytest.importorskip("numba_cuda")
+    nvjitlink = pytest.importorskip("cuda.bindings.nvjitlink")
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: {"cuda-bindings": "13.4.4"}.get(name) or version(name)
+    )
+    monkeypatch.setattr(nvjitlink, "version", lambda: (12, 4))
+    launch.require.cache_clear()
+    assert main(["check"]) == 1
+    assert (
+        "numba-cuda is installed for CUDA 13, torch for CUDA 12: in a new environment, "
+        'pip install "numba-lion[cu12]"' in capsys.readouterr().err
+    )
 
 
 def test_simulator_starts_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from tests.differential import conversions
 Array = npt.NDArray[Any]
 
 QMAP = reference.create_dynamic_map()
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES = tuple(2**i for i in range(6, 17))
 
 
 class Buffer(Protocol):

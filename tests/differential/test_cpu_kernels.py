@@ -437,7 +437,7 @@ def maps() -> st.SearchStrategy[npt.NDArray[np.float32]]:
     return st.sampled_from([QMAP, reference.create_dynamic_map(signed=False)]) | random | few
 
 
-@given(st.data(), strategies.dtypes(), st.sampled_from([1, 64, 100, 256, 4096, 10**6]), maps(), THREADS)
+@given(st.data(), strategies.dtypes(), st.sampled_from([1, 64, 100, 256, 4096, 65536, 10**6]), maps(), THREADS)
 def test_quantize_and_dequantize_blockwise(
     data: st.DataObject, dtype: str, block_size: int, qmap: npt.NDArray[np.float32], threads: int
 ) -> None:

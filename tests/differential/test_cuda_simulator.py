@@ -79,3 +79,12 @@ def test_percentile_clipping(data: st.DataObject, dtype: str, history: cases.Arr
 def test_quantize_and_dequantize(data: st.DataObject, dtype: str, block_size: int, qmap: cases.Array) -> None:
     values = data.draw(strategies.floats(dtype, data.draw(strategies.sizes(600))))
     cases.check_quantize_and_dequantize(MEMORY, dtype, (values, np.dtype(values.dtype).itemsize), block_size, qmap)
+
+
+@pytest.mark.parametrize(("dtype", "block_size"), [("float32", 8192), ("bfloat16", 65536)])
+def test_quantize_and_dequantize_large_blocks(dtype: str, block_size: int) -> None:
+    """A whole block, with its greatest element at its end, and a short one."""
+    values = np.random.default_rng(0).normal(size=block_size + 300).astype(strategies.FLOAT_DTYPES[dtype])
+    values[block_size - 1] = 64
+    place = values, values.dtype.itemsize
+    cases.check_quantize_and_dequantize(MEMORY, dtype, place, block_size, cases.QMAP)

@@ -196,7 +196,7 @@ def test_no_memory_to_convert_state(make, bits, monkeypatch):
 
 
 def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "lion-worker"]
+    return [worker for worker in pool._pool.workers if worker.is_alive()]
 
 
 def kill(workers: list[threading.Thread]) -> None:

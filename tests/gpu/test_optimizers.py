@@ -141,6 +141,61 @@ def test_graph_replays_follow_the_learning_rate(options: dict[str, Any]) -> None
             assert_same_bits(value.cpu(), eager.state[q][key].cpu(), what=key)
 
 
+def captured(optimizer: lion.Lion, p: torch.nn.Parameter) -> torch.cuda.CUDAGraph:
+    p.grad = torch.ones_like(p)
+    for _ in range(2):
+        optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph
+
+
+def test_a_graph_keeps_a_learning_rate_that_is_a_number() -> None:
+    p = torch.nn.Parameter(torch.zeros(5000, device=GPU))
+    optimizer = lion.Lion8bit([p], lr=0.5)
+    graph = captured(optimizer, p)
+    optimizer.param_groups[0]["lr"] = 0.25
+    before = p.detach().clone()
+    graph.replay()
+    assert_same_bits(p.detach().cpu(), (before - 0.5).cpu())
+
+
+def test_a_first_step_in_a_capture_is_refused() -> None:
+    p = torch.nn.Parameter(torch.zeros(5000, device=GPU))
+    optimizer = lion.Lion8bit([p], lr=0.5)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="warm up with such steps first"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+
+
+def test_a_graph_moves_the_state_that_was_there_when_it_was_captured() -> None:
+    p = torch.nn.Parameter(torch.zeros(5000, device=GPU))
+    optimizer = lion.Lion8bit([p], lr=0.5)
+    graph = captured(optimizer, p)
+    old = optimizer.state[p]["step"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    graph.replay()
+    assert (float(old), float(optimizer.state[p]["step"])) == (3, 2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_learning_rate_on_another_gpu_is_copied_without_waiting() -> None:
+    p = torch.nn.Parameter(torch.zeros(5000, device=GPU))
+    p.grad = torch.ones_like(p)
+    optimizer = lion.Lion8bit([p], lr=torch.tensor(0.5, device="cuda:1"))
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_same_bits(p.detach().cpu(), torch.full((5000,), -1.0))
+
+
 def test_other_streams_and_threads() -> None:
     import threading
 

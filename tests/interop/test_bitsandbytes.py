@@ -61,7 +61,7 @@ def test_map(signed):
 
 @pytest.mark.parametrize("total_bits", range(2, 9))
 def test_maps_of_fewer_bits(total_bits):
-    for max_exponent_bits in range(1, total_bits):
+    for max_exponent_bits in range(1, total_bits + 1):
         expected = bnb.functional.create_dynamic_map(True, max_exponent_bits, total_bits)
         assert_same_bits(reference.create_dynamic_map(True, max_exponent_bits, total_bits), expected)
 

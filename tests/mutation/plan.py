@@ -122,9 +122,13 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "cpu_kernels/vectors.py": (_tests("differential/test_cpu_lookups.py"), _kernels("at_thresholds")),
     "lion/_backends/batch.py": _BATCH,
     "lion/_backends/cpu.py": _COMPUTING,
-    "lion/_backends/loss_scale.py": (_tests("optimizers/test_loss_scale.py"), _tests("optimizers/test_contract.py")),
+    "lion/_backends/loss_scale.py": (
+        _tests("optimizers/test_loss_scale.py"),
+        _tests("situations/test_scaled_losses.py"),
+    ),
     "lion/_backends/reference.py": _COMPUTING,
     "lion/_backends/selection.py": _COMPUTING,
+    "lion/_memory/objects.py": (_tests("situations/test_swapped_parameters.py"),),
     "lion/_memory/paging.py": (_tests("paging/test_paged.py", "paging/test_fork.py", "paging/test_errors.py"),),
     "lion/_memory/sharding.py": (
         _tests("distributed/test_one_process.py"),
@@ -134,6 +138,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "lion/_options.py": (
         _tests("optimizers/test_construction.py", "fuzzing/test_arguments.py"),
         _tests("optimizers/test_contract.py", "paging/test_paged.py", "optimizers/test_overrides.py"),
+        _tests("situations/test_other_algorithms.py", "situations/test_schedules.py"),
     ),
     "lion/_parameters.py": _PLAN,
     "lion/_plan.py": _PLAN,
@@ -141,6 +146,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "lion/_state/checkpoints.py": (
         _tests("checkpoints/test_mutations.py", "checkpoints/test_options.py", "fuzzing/test_checkpoints.py"),
         _tests("optimizers/test_contract.py", "optimizers/test_state.py", "interop", "checkpoints/test_foreign.py"),
+        _tests("situations/test_schedules.py"),
     ),
     "lion/_state/checks.py": _STATE,
     "lion/_state/layout.py": _STATE,
@@ -151,7 +157,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     ),
     "lion/in_backward.py": (
         _tests("optimizers/test_in_backward.py"),
-        _tests("distributed/test_in_backward.py"),
+        _tests("distributed/test_in_backward.py", "situations/test_swapped_parameters.py"),
     ),
     "lion/optimizers.py": (
         _tests("interop/test_signatures.py", "optimizers/test_construction.py", "optimizers/test_loss_scale.py"),
@@ -159,6 +165,10 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _tests("failures", "optimizers/test_overrides.py", "optimizers/test_state.py", "paging/test_fork.py"),
         _tests("distributed/test_fsdp1.py", "distributed/test_agreement.py"),
     ),
-    "lion/overrides.py": (_tests("optimizers/test_overrides.py"), _tests("fuzzing/test_arguments.py")),
+    "lion/overrides.py": (
+        _tests("optimizers/test_overrides.py"),
+        _tests("fuzzing/test_arguments.py"),
+        _tests("situations/test_computed_attributes.py", "situations/test_swapped_parameters.py"),
+    ),
     "lion/trainer.py": (_tests("integration/test_trainer_arguments.py"),),
 }

@@ -365,25 +365,12 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             'negative.append(builder.icmp_signed("<", upper, splat(WORDS, -1)))',
         ),
     ),
-    "lion/_state/checkpoints.py": (
-        (
-            'raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[0]!r} of its states")',
-            "the first of a set is any",
-            'raise ValueError(f"Invalid state_dict: no group holds the parameter {unknown[ -1]!r} of its states")',
-        ),
-    ),
     "lion/functional.py": (
         (
             "if not 1 <= percentile < reference.HISTORY:",
             "the kernel refuses it in the same words",
             "if not 1 <= percentile <= reference.HISTORY:",
             "if not 0 <= percentile < reference.HISTORY:",
-        ),
-        (
-            "shared, version = _shared_maps.get(device, (None, 0))",
-            "the version of a map that is not there",
-            "shared, version = _shared_maps.get(device, (None, 1))",
-            "shared, version = _shared_maps.get(device, (None, -1))",
         ),
     ),
     "lion/in_backward.py": (
@@ -532,9 +519,9 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "paged_bytes = -1",
         ),
         (
-            'if lr.device == device and device.type == "cuda":',
+            'if lr.device.type == device.type == "cuda":',
             "only a GPU can tell",
-            'if lr.device != device and device.type == "cuda":',
+            'if lr.device.type != device.type == "cuda":',
         ),
         (
             "return StepCoefficients(_rounded(0.0, betas, weight_decay), lr, weight_decay)",
@@ -583,16 +570,16 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "lion/_state/adapting.py": (
         (
-            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 1))",
+            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), qmap.cpu().numpy(), max(numel, 1))",
             "one block holds one element or none either way",
-            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), shared.cpu().numpy(), max(numel, 2))",
+            "array, absmax = reference.quantize_blockwise(momentum.cpu().numpy(), qmap.cpu().numpy(), max(numel, 2))",
         ),
     ),
     "lion/_state/checks.py": (
         (
-            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r}")',
+            'f"Invalid state of {name}: unknown key {unknown[0]!r} beside momentum of kind {kind.value}{why}"',
             "any of them may be named",
-            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[ -1]!r}")',
+            'f"Invalid state of {name}: unknown key {unknown[ -1]!r} beside momentum of kind {kind.value}{why}"',
         ),
     ),
     "lion/_state/layout.py": (

@@ -12,10 +12,10 @@ import lion
 from lion import functional as F
 from lion import reference
 from tests import strategies
-from tests.comparing import assert_same_bits
+from tests.comparing import assert_same_bits, to_numpy
 from tests.optimizers.support import every_dtype, parameter
 
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
+BLOCK_SIZES = tuple(2**i for i in range(6, 17))
 MAP = reference.create_dynamic_map()
 
 
@@ -31,7 +31,20 @@ def tensor(array):
 def test_create_dynamic_map(signed, bits):
     assert_same_bits(F.create_dynamic_map(signed, *bits), reference.create_dynamic_map(signed, *bits))
     with pytest.raises(ValueError, match="max_exponent_bits"):
-        F.create_dynamic_map(signed, 8, 8)
+        F.create_dynamic_map(signed, 9, 8)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_few_bits(bits):
+    """Values that the map has come back as they are, whatever the backend."""
+    qmap = F.create_dynamic_map(True, bits, bits)
+    assert_same_bits(qmap, reference.create_dynamic_map(True, bits, bits))
+    values = qmap.repeat(2)[-300:]
+    for name in ("cpu", "reference"):
+        with lion.use_backend(name):
+            codes, state = F.quantize_blockwise(values, code=qmap, blocksize=256)
+            assert_same_bits(codes, reference.quantize_blockwise(values.numpy(), qmap.numpy(), 256)[0])
+            assert_same_bits(F.dequantize_blockwise(codes, state), values)
 
 
 @given(st.data(), strategies.dtypes(), strategies.sizes(), st.sampled_from(BLOCK_SIZES))
@@ -111,13 +124,33 @@ def test_non_contiguous_codes():
     assert_same_bits(again, F.dequantize_blockwise(codes, state))
 
 
+@pytest.mark.parametrize("block_size", [8192, 16384, 32768, 65536])
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@every_dtype
+def test_large_blocks(dtype, name, block_size):
+    values = parameter(3 * block_size + 17, dtype=dtype)
+    for i in range(4):
+        values.data[i * block_size + 5] *= 10.0**i
+    codes, state = F.quantize_blockwise(values, blocksize=block_size)
+    with lion.use_backend(name):
+        codes, state = F.quantize_blockwise(values, blocksize=block_size)
+        back = F.dequantize_blockwise(codes, state)
+    array = to_numpy(values)
+    expected_codes, expected_absmax = reference.quantize_blockwise(array, MAP, block_size)
+    assert expected_absmax.shape == (4,)
+    assert_same_bits(codes, expected_codes, what="codes", block_size=block_size)
+    assert_same_bits(state.absmax, expected_absmax, what="absmax")
+    expected = reference.dequantize_blockwise(expected_codes, expected_absmax, MAP, block_size)
+    assert_same_bits(back, expected.astype(array.dtype), what="values", block_size=block_size)
+
+
 def test_default_block_size_is_4096():
     codes, state = F.quantize_blockwise(parameter(5000))
     assert state.absmax.shape == (2,) and state.blocksize == 4096
     assert_same_bits(F.dequantize_blockwise(codes, absmax=state.absmax), F.dequantize_blockwise(codes, state))
 
 
-@pytest.mark.parametrize("block_size", [0, -64, 1, 32, 63, 100, 8192, 256.5, None])
+@pytest.mark.parametrize("block_size", [0, -64, 1, 32, 63, 100, 12288, 131072, 256.5, None])
 def test_block_size_out_of_range(block_size):
     with pytest.raises((ValueError, TypeError), match="blocksize"):
         F.quantize_blockwise(parameter(100), blocksize=block_size)

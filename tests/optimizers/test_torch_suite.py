@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import sys
 
 import pytest
 import torch
@@ -158,6 +159,8 @@ def test_param_groups_with_schedulers_go_the_right_direction(info):
 @every_info
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_tensor_lr_is_the_same_as_a_float(info, shape):
+    if shape and info in PEERS and not hasattr(sys.modules[torch.optim.Optimizer.__module__], "_to_scalar"):
+        pytest.skip("torch's own optimizers take no tensor of one dimension yet")
     for kwargs, desc in inputs(info):
         results = []
         for lr in (1e-2, torch.full(shape, 1e-2, dtype=torch.float64)):

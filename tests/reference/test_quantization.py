@@ -52,6 +52,26 @@ def test_smaller_maps_have_the_bits_of_bitsandbytes():
     assert digest.hexdigest() == "6240d4e313d3597c4ab5c63227030ed958caf9e2590c11d26cde0d0d02443a68"
 
 
+def test_maps_with_as_many_decades_as_bits_have_the_bits_of_bitsandbytes():
+    """Those of its tests with few bits: all signed ones of 2 to 8 bits, one after the other; made without a warning."""
+    digest = hashlib.sha256()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for bits in range(2, 9):
+            qmap = create_dynamic_map(True, bits, bits)
+            assert np.count_nonzero(qmap) == 2**bits - 1
+            digest.update(qmap.astype("<f4").tobytes())
+    assert digest.hexdigest() == "5a6ff47ee79c297256a7ad0f718dff8d027c90f664f6b37891ec69b95a217b07"
+
+
+def test_a_three_bit_map_of_three_decades_by_hand():
+    """The lowest one is empty: 0.1 * (0.1 + 0.9 / 2), 0.1 + 0.9 * {1, 3}/4."""
+    entries = create_dynamic_map(True, 3, 3)
+    np.testing.assert_allclose(entries[entries > 0], [0.055, 0.325, 0.775, 1.0], rtol=2e-7)
+    np.testing.assert_allclose(entries[entries < 0], [-0.775, -0.325, -0.055], rtol=2e-7)
+    assert_same_bits(np.unique(create_dynamic_map(True, 1, 1)), F([0, 1]))
+
+
 def test_map_landmarks():
     assert MAP[0] == F(-0.99296874) and MAP[127] == 0.0 and MAP[255] == 1.0
     assert not np.signbit(MAP[127])
@@ -96,10 +116,17 @@ def test_a_four_bit_map_by_hand():
     np.testing.assert_allclose(entries[entries > 0], [*expected, 1.0], rtol=2e-7)
 
 
-@pytest.mark.parametrize("bits", [(0, 8), (8, 8), (7, 7), (7, 9), (-1, 8), (1, 1)])
-def test_map_refuses_bits_that_do_not_fit(bits):
+@pytest.mark.parametrize("bits", [(0, 8), (9, 8), (8, 7), (7, 9), (9, 9), (-1, 8), (0, 0), (1, 0)])
+@pytest.mark.parametrize("signed", [True, False])
+def test_map_refuses_bits_that_do_not_fit(signed, bits):
     with pytest.raises(ValueError, match=rf"max_exponent_bits and total_bits: {bits[0]}, {bits[1]}"):
-        create_dynamic_map(True, *bits)
+        create_dynamic_map(signed, *bits)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_an_unsigned_map_needs_a_bit_more_than_decades(bits):
+    with pytest.raises(ValueError, match="max_exponent_bits < total_bits <= 8 is allowed"):
+        create_dynamic_map(False, bits, bits)
 
 
 # --- thresholds and ties

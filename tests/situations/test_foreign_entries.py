@@ -295,8 +295,9 @@ def test_entries_go_to_bitsandbytes(make: Variant) -> None:
     p = parameter(300)
     optimizer = stepped(make, p)
     optimizer.state[p]["mine"] = [1]
+    optimizer.state["rounds"] = 7  # type: ignore[index]
     saved = exchange.to_bitsandbytes(optimizer.state_dict())
-    assert saved["state"][0]["mine"] == [1]
+    assert saved["state"][0]["mine"] == [1] and saved["state"]["rounds"] == 7
     assert exchange.to_exp_avg(optimizer.state_dict())["state"][0].keys() == {"exp_avg"}
     other = make([parameter(300)], **SMALL)
     other.load_state_dict(saved)
