@@ -22,6 +22,7 @@ from lion._state import (
     check_saved_group,
     entries_beside,
     form_of,
+    from_communication,
     is_reset,
     join,
     kind_in,
@@ -326,4 +327,4 @@ def _check(key: object, own: Any) -> None:
     if not isinstance(own, Mapping) or not isinstance(own.get("state1"), Tensor):
         raise ValueError(f"Invalid state of {name}: a dict with a tensor 'state1' is needed")
     if not sharding.is_dtensor(own["state1"]):
-        check_contents(own, own["state1"], name)
+        check_contents(from_communication(own), own["state1"], name)

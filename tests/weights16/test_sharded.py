@@ -136,9 +136,34 @@ def set_gradients(model: nn.Module, step: int) -> None:
     """Give every parameter its part of the gradient that belongs to a step."""
     params = list(model.parameters())
     for p, g in zip(params, gradients(params, step), strict=True):
-        p.grad_dtype = torch.float32
+        # Of any dtype: torch.distributed.checkpoint makes state by gradients of the parameter's.
+        p.grad_dtype = None
         # torch's distribute_tensor does not cut rows that are cut by tensor parallelism already.
         p.grad = sharding.laid_out_like(sharding.shard_of(g, p), p) if isinstance(p, DTensor) else g
+
+
+def gathers(model: nn.Module, optimizer: lion.Lion, alone: nn.Module, expected: lion.Lion) -> None:
+    """Gather the whole state, and load it without any sharding, by ``exp_avg`` too, and from the first process."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    way = {"master_weight_bits": expected.param_groups[0]["master_weight_bits"]}
+    states = get_optimizer_state_dict(model, optimizer, options=whole)
+    if dist.get_rank() == 0:
+        kept = exchange.to_exp_avg(states, keep=["step", "master_low"])
+        for loaded in (states, exchange.from_exp_avg(kept)):
+            other = copy.deepcopy(alone)
+            resumed = lion.Lion(other.parameters(), **way)
+            set_optimizer_state_dict(other, resumed, loaded)
+            for p, q in zip(other.parameters(), alone.parameters(), strict=True):
+                assert_same_bits(resumed.state[p]["master_low"], expected.state[q]["master_low"])
+    # torch makes no state to load into where there are gradients.
+    optimizer.zero_grad()
+    again = lion.Lion(model.parameters(), **way)
+    from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(model, again, states, options=from_first)
+    for key, p in model.named_parameters():
+        q = expected.state[alone.get_parameter(key)]["master_low"]
+        assert again.state[p]["master_low"].dtype == q.dtype
+        assert_same_bits(gathered(again.state[p]["master_low"]), q.int(), what=key)
 
 
 def fsdp2_and_float32() -> None:
@@ -168,11 +193,8 @@ def fsdp2_and_float32() -> None:
             for key, value in whole.items():
                 assert parts[key].placements == model.get_parameter(key).placements
                 assert_same_bits(parts[key].full_tensor(), value, what=f"{name}, {parallel}, {key}")
-            if name == "24":
-                gather = StateDictOptions(full_state_dict=True)
-                states = get_optimizer_state_dict(model, optimizer, options=gather)["state"]
-                for key, q in alone.named_parameters():
-                    assert_same_bits(states[key]["master_low"], expected.state[q]["master_low"], what=key)
+            if not parallel and name in MASTERS:
+                gathers(model, optimizer, alone, expected)
             # What was taken out in shards goes in again.
             again = lion.Lion(model.parameters(), **way)
             exchange.load_float32_state_dict(model, again, parts)
