@@ -71,9 +71,7 @@ def _kinds(dtype: torch.dtype) -> Iterator[Kind]:
         for kind in (LION, LION_8BIT):
             for title, options in WAYS_OF_KEEPING.items():
                 low = options.get("master_weight_bits", 16) // 8 - 2
-                yield kind._replace(
-                    name=f"{kind.name}, {title}", options={**kind.options, **options}, low_itemsize=low
-                )
+                yield kind._replace(name=f"{kind.name}, {title}", options={**kind.options, **options}, low_itemsize=low)
 
 
 def kernels(device: torch.device) -> Iterator[Row]:
