@@ -84,8 +84,9 @@ def _version() -> str:
     """Return a hash of everything the compiled kernels depend on but numba-cuda's cache does not look at."""
     folder = Path(__file__).parent
     digest = hashlib.sha256(importlib.metadata.version("numba-cuda").encode())
-    for path in sorted(folder.glob("*.py")):
-        digest.update(path.read_bytes())
+    for package in (folder, folder.parent / "reference"):
+        for path in sorted(package.glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -111,9 +112,12 @@ def kernel(
     codes: dict[str | None, int] = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
     make = (vars(lion) | vars(quantization) | vars(clipping))[f"make_{name}"]
     options: dict[str, Any] = {"scaled_loss": True} if scaled_loss else {}
-    if name in UPDATES:
-        options |= {"grad_dtype": codes[grad_dtype or dtype], "weights": weights}
-    function = make() if dtype is None else make(codes[dtype], **options)
+    if dtype is None:
+        function = make()
+    else:
+        if name in UPDATES:
+            options |= {"grad_dtype": codes[grad_dtype or dtype], "weights": weights}
+        function = make(codes[dtype], **options)
     # numba-cuda's disk cache names its files so; it would not notice a change in another module.
     kind = f"{dtype or 'any'}{f'_{grad_dtype}' if grad_dtype else ''}{f'_weights{weights}' if weights else ''}"
     function.__qualname__ = f"{name}_{kind}{'_scaled' * scaled_loss}_{_version()}"

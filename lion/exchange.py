@@ -26,6 +26,7 @@ from lion._state import (
     join,
     kind_in,
     momentum,
+    put,
     quantized,
     split,
     zero_momentum,
@@ -201,7 +202,8 @@ def float32_state_dict(model: nn.Module, optimizer: Lion) -> dict[str, Any]:
         ValueError: If the model's state dict does not hold a parameter that has a lower part, as with FSDP1.
     """
     _check_optimizer(optimizer)
-    lows = {id(p): state["master_low"] for p, state in optimizer.state.items() if "master_low" in state}
+    states = ((p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"])
+    lows = {id(p): state["master_low"] for p, state in states if "master_low" in state}
     own = _tensors_of(model, lows)
     # Tied parameters stay tied.
     wide = {id(value): _as_float32(value, lows.get(id(value))) for value in own.values() if isinstance(value, Tensor)}
@@ -253,7 +255,7 @@ def load_float32_state_dict(model: nn.Module, optimizer: Lion, state: StateDict)
         for p, new, high, low in parts:
             sharding.local(p).copy_(high)
             sharding.local(new["master_low"]).copy_(low)
-            optimizer.state[p] = new
+            put(optimizer.state, p, new)
 
 
 def _check_optimizer(optimizer: object) -> None:

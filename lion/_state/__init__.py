@@ -1,6 +1,6 @@
 """What is kept for a parameter: its layout, checks, conversions, and how it is saved and loaded."""
 
-from lion._state.adapting import adapted, momentum, placed, quantized, zero_momentum
+from lion._state.adapting import adapted, momentum, placed, put, quantized, zero_momentum
 from lion._state.checkpoints import check_parts, check_saved_group, converted, entries_beside, python_numbers
 from lion._state.checks import check_contents, is_reset
 from lion._state.layout import Form, State, form_of, kind_in, rounding_seed_of
@@ -21,6 +21,7 @@ __all__ = [
     "kind_in",
     "momentum",
     "placed",
+    "put",
     "python_numbers",
     "quantized",
     "rounding_seed_of",

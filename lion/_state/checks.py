@@ -104,7 +104,10 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
     entries = foreign(state)
     unknown = [key for key in state if key not in expected and key not in entries]
     if unknown:
-        raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r} beside momentum of kind {kind.value}")
+        why = f": 'state1' is {state['state1'].dtype}; torch.uint8 has it" if kind is Kind.FLOAT32 else ""
+        raise ValueError(
+            f"Invalid state of {name}: unknown key {unknown[0]!r} beside momentum of kind {kind.value}{why}"
+        )
 
 
 def check_memory(key: str, tensor: Tensor, name: str) -> None:

@@ -11,7 +11,15 @@ import pytest
 
 from lion.reference.rounding import STOCHASTIC
 from tests.compiled import building
-from tests.differential.every_weight import LOW, Array, Patterns, boundary_patterns, check_parts, check_rounding
+from tests.differential.every_weight import (
+    LOW,
+    Array,
+    Patterns,
+    any_parts,
+    boundary_patterns,
+    check_parts,
+    check_rounding,
+)
 
 ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importable")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
@@ -131,9 +139,7 @@ def test_parts_at_every_boundary(bits: int, wide: bool) -> None:
 @both
 @all_bits
 def test_any_two_parts_are_joined(bits: int, wide: bool) -> None:
-    high = np.repeat(np.arange(1 << 16, dtype=np.uint16), 8)
-    low = np.random.default_rng(0).integers(-(2 ** (bits - 17)), 2 ** (bits - 17), high.size).astype(LOW[bits])
-    expected = (high.astype(np.uint32) << np.uint32(16)) + (low.astype(np.int32) << (32 - bits)).view(np.uint32)
+    high, low, expected = any_parts(bits)
     assert (converters(bits, wide)[1](high, low) == expected).all()
 
 

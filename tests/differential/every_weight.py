@@ -29,6 +29,14 @@ def boundary_patterns() -> Patterns:
     return np.resize(patterns, -(-patterns.size // 8) * 8)
 
 
+def any_parts(bits: int) -> tuple[Array, Array, Patterns]:
+    """Return every upper part with some lower ones, those that no value is split into as well, and what they are."""
+    high = np.repeat(np.arange(1 << 16, dtype=np.uint16), 8)
+    low = np.random.default_rng(0).integers(-(2 ** (bits - 17)), 2 ** (bits - 17), high.size).astype(LOW[bits])
+    added = np.where((high % 0x8000 == 0) & (low < 0), 0, low).astype(np.int32) << (32 - bits)
+    return high, low, (high.astype(np.uint32) << np.uint32(16)) + added.view(np.uint32)
+
+
 def check_parts(patterns: Patterns, bits: int, split: Split, join: Join) -> None:
     """Split and join float32 values, and fail unless all is as specified: parts, what is lost, NaN, and once more."""
     high, low = split(patterns, bits)

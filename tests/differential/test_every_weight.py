@@ -14,7 +14,15 @@ from lion.cpu_kernels.device import load, store
 from lion.cpu_kernels.rounding import read, write
 from lion.reference.rounding import BFLOAT16, STOCHASTIC
 from tests.differential import cpu_twins
-from tests.differential.every_weight import LOW, Array, Patterns, boundary_patterns, check_parts, check_rounding
+from tests.differential.every_weight import (
+    LOW,
+    Array,
+    Patterns,
+    any_parts,
+    boundary_patterns,
+    check_parts,
+    check_rounding,
+)
 
 CHUNK = 1 << 23
 
@@ -86,10 +94,7 @@ def test_parts_at_every_boundary(bits: int, name: str) -> None:
 @both
 @all_bits
 def test_any_two_parts_are_joined(bits: int, name: str) -> None:
-    """Those that no value is split into as well."""
-    high = np.repeat(np.arange(1 << 16, dtype=np.uint16), 8)
-    low = np.random.default_rng(0).integers(-(2 ** (bits - 17)), 2 ** (bits - 17), high.size).astype(LOW[bits])
-    expected = (high.astype(np.uint32) << np.uint32(16)) + (low.astype(np.int32) << (32 - bits)).view(np.uint32)
+    high, low, expected = any_parts(bits)
     assert (IMPLEMENTATIONS[name][1](high, low) == expected).all()
 
 

@@ -577,9 +577,9 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "lion/_state/checks.py": (
         (
-            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[0]!r} beside momentum of kind {kind.value}")',
+            'f"Invalid state of {name}: unknown key {unknown[0]!r} beside momentum of kind {kind.value}{why}"',
             "any of them may be named",
-            'raise ValueError(f"Invalid state of {name}: unknown key {unknown[ -1]!r} beside momentum of kind {kind.value}")',
+            'f"Invalid state of {name}: unknown key {unknown[ -1]!r} beside momentum of kind {kind.value}{why}"',
         ),
     ),
     "lion/_state/layout.py": (

@@ -1,0 +1,1 @@
+"""16-bit weights that train: master bits and stochastic rounding, through the optimizers."""
