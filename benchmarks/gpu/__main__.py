@@ -199,7 +199,7 @@ def _in_words(result: dict[str, Any]) -> str:
         return f"{sum(len(run['rows']) for run in result['runs'])} timings"
     if "rows" in result:
         return f"{len(result['rows'])} timings"
-    return str(result["name"])
+    return str(result["machine"])
 
 
 def _tests_in_words(printed: str) -> str:

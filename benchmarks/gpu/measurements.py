@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.__main__ import DISTRIBUTIONS, WAYS_OF_KEEPING
+from benchmarks.__main__ import WAYS_OF_KEEPING, machine
 from benchmarks.gpu.variants import VARIANTS
 from benchmarks.peers import BETAS, LR, WEIGHT_DECAY
 from lion import Lion, Lion8bit, PagedLion8bit
@@ -71,9 +70,7 @@ def _kinds(dtype: torch.dtype) -> Iterator[Kind]:
         for kind in (LION, LION_8BIT):
             for title, options in WAYS_OF_KEEPING.items():
                 low = options.get("master_weight_bits", 16) // 8 - 2
-                yield kind._replace(
-                    name=f"{kind.name}, {title}", options={**kind.options, **options}, low_itemsize=low
-                )
+                yield kind._replace(name=f"{kind.name}, {title}", options={**kind.options, **options}, low_itemsize=low)
 
 
 def kernels(device: torch.device) -> Iterator[Row]:
@@ -165,20 +162,15 @@ def _hash(tensors: list[Tensor]) -> str:
     return digest.hexdigest()[:12]
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return versions, devices and the card."""
-    versions = {}
-    for name in DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    card = None
+def card(device: torch.device) -> dict[str, Any]:
+    """Return versions, devices and what the driver says of the card."""
+    found, benchmark = overview.found(), machine(device)
+    told = ""
     if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", f"--query-gpu={CARD}", "--format=csv,noheader"]
-        card = dict(zip(("fields", "values"), (CARD, subprocess.run(command, capture_output=True, text=True).stdout)))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return {**overview.found(), "name": name, "cuda": torch.version.cuda, "distributions": versions, "card": card}
+        command = ["nvidia-smi", f"--query-gpu={CARD}", "--format=csv"]
+        told = subprocess.run(command, capture_output=True, text=True).stdout
+    versions = {**found["versions"], **benchmark["versions"], "CUDA of torch": torch.version.cuda}
+    return {**found, **benchmark, "versions": versions, "nvidia-smi": told.splitlines()}
 
 
 MEASUREMENTS: dict[str, Callable[[torch.device], Iterator[Row]]] = {
@@ -191,15 +183,15 @@ MEASUREMENTS: dict[str, Callable[[torch.device], Iterator[Row]]] = {
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.measurements", description=(__doc__ or "").strip())
-    parser.add_argument("name", choices=["machine", *MEASUREMENTS])
+    parser.add_argument("name", choices=["card", *MEASUREMENTS])
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
     parser.add_argument("--variant", choices=VARIANTS, default="as they are", help="of the kernels")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     options = parser.parse_args()
     VARIANTS[options.variant]()
     device = torch.device(options.device)
-    if options.name == "machine":
-        options.out.write_text(json.dumps(machine(device), indent=1))
+    if options.name == "card":
+        options.out.write_text(json.dumps(card(device), indent=1))
         return
     rows: list[Row] = []
     for row in MEASUREMENTS[options.name](device):

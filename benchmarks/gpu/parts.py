@@ -45,7 +45,7 @@ _PEERS = ["--only", "bitsandbytes", "torch fused AdamW", "flashoptim"]
 _SMALL = ["--sizes", "600", "--dtypes", "bfloat16", "--threads", "1", "--rounds", "1"]
 
 PARTS = (
-    _measurement("machine", "machine", 60),
+    _measurement("card", "versions and the card", 60),
     Part("check", 150, ["-m", "lion", "check", "--json"], "stdout"),
     _tests("tests/gpu", 120, workers=4),
     # One process: it looks at how much memory is free.
