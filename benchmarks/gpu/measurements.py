@@ -73,50 +73,82 @@ def _kinds(dtype: torch.dtype) -> Iterator[Kind]:
                 yield kind._replace(name=f"{kind.name}, {title}", options={**kind.options, **options}, low_itemsize=low)
 
 
+class Contestant(NamedTuple):
+    """An optimizer that has taken a first step.
+
+    Attributes:
+        optimizer: The optimizer.
+        params: Its parameters.
+        kind: Its kind of update.
+        bits: A hash of what its steps gave; two runs with the same hash agree.
+    """
+
+    optimizer: Lion
+    params: list[nn.Parameter]
+    kind: Kind
+    bits: str = ""
+
+
+def _contestant(params: list[nn.Parameter], kind: Kind) -> Contestant:
+    optimizer = Lion(params, **ARGUMENTS, **kind.options)
+    for _ in range(2):
+        optimizer.step()
+    return Contestant(optimizer, params, kind, _hash([params[0], *optimizer.state[params[0]].values()]))
+
+
+def _hash(tensors: list[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().reshape(-1)[:HASHED].cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
 def kernels(device: torch.device) -> Iterator[Row]:
-    """One large tensor, beyond any cache, by every kind of update; ``bits`` tells whether two runs agree."""
-    workload = Workload("one tensor", [(1 << 28 if device.type == "cuda" else SMALL,)])
+    """One tensor beyond any cache by every kind of update, then one whose gradient begins where no wide access can."""
+    large, smaller = (1 << 28, 1 << 26) if device.type == "cuda" else (SMALL, SMALL)
     for dtype in DTYPES:
         for kind in _kinds(dtype):
-            params = measure.make_params(workload, dtype, device)
-            optimizer = Lion(params, **ARGUMENTS, **kind.options)
-            for _ in range(2):
-                optimizer.step()
-            bits = _hash([params[0], *optimizer.state[params[0]].values()])
-            yield from _timed({kind.name: (optimizer, params, kind)}, dtype, device, bits=bits)
-
-
-def gradients(device: torch.device) -> Iterator[Row]:
-    """Gradients that begin where an access of 16 bytes cannot, as in buckets of several gradients."""
-    size = 1 << 26 if device.type == "cuda" else SMALL
+            params = measure.make_params(Workload("", [(large,)]), dtype, device)
+            yield from _timed({kind.name: _contestant(params, kind)}, dtype, device)
+            del params
     for dtype in DTYPES:
         for kind in (LION, LION_8BIT):
-            contestants = {}
-            for offset in (0, 8, dtype.itemsize):
-                params = measure.make_params(Workload("one tensor", [(size,)]), dtype, device)
-                first, grad = offset // dtype.itemsize, params[0].grad
-                assert grad is not None
-                bucket = torch.zeros(first + size, dtype=dtype, device=device)
-                params[0].grad = bucket[first:].copy_(grad)
-                optimizer = Lion(params, **ARGUMENTS, **kind.options)
-                optimizer.step()
-                contestants[f"{kind.name}, {offset} bytes off"] = optimizer, params, kind
-            yield from _timed(contestants, dtype, device)
+            yield from _timed(
+                {
+                    f"{kind.name}, gradient {offset} bytes off": _contestant(
+                        _with_gradient_off(offset, smaller, dtype, device), kind
+                    )
+                    for offset in (0, 8, dtype.itemsize)
+                },
+                dtype,
+                device,
+            )
+
+
+def _with_gradient_off(offset: int, size: int, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
+    """Return a parameter whose gradient lies as in a bucket of several: so many bytes off a multiple of 16."""
+    params = measure.make_params(Workload("", [(size,)]), dtype, device)
+    first, grad = offset // dtype.itemsize, params[0].grad
+    assert grad is not None
+    params[0].grad = torch.zeros(first + size, dtype=dtype, device=device)[first:].copy_(grad)
+    return params
 
 
 def paged(device: torch.device) -> Iterator[Row]:
     """Paged 8-bit state that fits into the GPU's memory, and twice as much as fits."""
     shapes: list[tuple[int, ...]] = [(1 << 27,)] * 16 if device.type == "cuda" else [(SMALL,)]
     params = measure.make_params(Workload("", shapes), torch.bfloat16, device)
-    contestants = {}
-    for cls in (Lion8bit, PagedLion8bit):
-        optimizer = cls(params, **ARGUMENTS, min_8bit_size=0)
+    optimizers = {cls.__name__: cls(params, **ARGUMENTS, min_8bit_size=0) for cls in (Lion8bit, PagedLion8bit)}
+    for optimizer in optimizers.values():
         optimizer.step()
-        contestants[cls.__name__] = optimizer, params, LION_8BIT
-    yield from _timed(contestants, torch.bfloat16, device)
+    yield from _timed(
+        {name: Contestant(optimizer, params, LION_8BIT) for name, optimizer in optimizers.items()},
+        torch.bfloat16,
+        device,
+    )
     if device.type != "cuda":
         return
-    contestants.clear()
+    optimizers.clear()
     del optimizer
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -125,41 +157,30 @@ def paged(device: torch.device) -> Iterator[Row]:
     optimizer = PagedLion8bit(params, **ARGUMENTS, min_8bit_size=0)
     optimizer.step()
     # Without the copy that others are compared with, for which there is no room.
-    timer = measure.timer(optimizer.step, device)
-    seconds = measure.summary(measure.in_turns({"step": timer}, 3)["step"])
-    yield _row("PagedLion8bit, half of the state fits", torch.bfloat16, LION_8BIT.traffic(params), seconds)
+    times = measure.in_turns({"step": measure.timer(optimizer.step, device)}, 3)
+    traffic, seconds = LION_8BIT.traffic(params), measure.summary(times["step"])
+    yield _row("PagedLion8bit, half of the state fits", torch.bfloat16, traffic, seconds)
     del taken
 
 
-def _timed(
-    contestants: dict[str, tuple[Lion, list[nn.Parameter], Kind]],
-    dtype: torch.dtype,
-    device: torch.device,
-    **more: Any,
-) -> Iterator[Row]:
-    """Time optimizers that have taken a step, in turns with a copy of as many bytes as the first has to move."""
-    _, params, kind = next(iter(contestants.values()))
-    timers = {name: measure.timer(optimizer.step, device) for name, (optimizer, _, _) in contestants.items()}
-    copy = measure.bound(params, kind.state_itemsize)
+def _timed(contestants: dict[str, Contestant], dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
+    """Time optimizers, in turns with a copy of as many bytes as the first has to move."""
+    first = next(iter(contestants.values()))
+    copy = measure.bound(first.params, first.kind.state_itemsize)
     copy()
-    rounds = 15 if device.type == "cuda" else 1
-    times = measure.in_turns({**timers, "copy": measure.timer(copy, device)}, rounds)
-    copied = measure.traffic(params, kind.state_itemsize) / measure.summary(times["copy"]).median
-    for name, (_, moved, of_kind) in contestants.items():
-        traffic, seconds = of_kind.traffic(moved), measure.summary(times[name])
-        yield _row(name, dtype, traffic, seconds, share_of_copy=traffic / seconds.median / copied, **more)
+    timers = {name: measure.timer(contestant.optimizer.step, device) for name, contestant in contestants.items()}
+    timers["copy"] = measure.timer(copy, device)
+    times = measure.in_turns(timers, 15 if device.type == "cuda" else 1)
+    per_second = measure.traffic(first.params, first.kind.state_itemsize) / measure.summary(times["copy"]).median
+    for name, contestant in contestants.items():
+        traffic, seconds = contestant.kind.traffic(contestant.params), measure.summary(times[name])
+        share = traffic / seconds.median / per_second
+        yield _row(name, dtype, traffic, seconds, share_of_copy=share, bits=contestant.bits)
 
 
 def _row(name: str, dtype: torch.dtype, traffic: int, seconds: measure.Summary, **more: Any) -> Row:
     ms = {key: 1e3 * value for key, value in seconds._asdict().items()}
     return {"what": f"{name}, {str(dtype)[6:]}", "ms": ms, "gb_per_s": traffic / seconds.median / 1e9, **more}
-
-
-def _hash(tensors: list[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().reshape(-1)[:HASHED].cpu().view(torch.uint8).numpy())
-    return digest.hexdigest()[:12]
 
 
 def card(device: torch.device) -> dict[str, Any]:
@@ -175,7 +196,6 @@ def card(device: torch.device) -> dict[str, Any]:
 
 MEASUREMENTS: dict[str, Callable[[torch.device], Iterator[Row]]] = {
     "kernels": kernels,
-    "gradients": gradients,
     "paged": paged,
 }
 
