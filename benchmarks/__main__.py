@@ -64,7 +64,7 @@ def main() -> int:
             for workload in _workloads(options):
                 for dtype in options.dtypes:
                     runs += _measure(workload, dtype, device, options, remote, skipped, progress)
-                    report = {**_machine(device), "rounds": options.rounds, "skipped": skipped, "runs": runs}
+                    report = {**machine(device), "rounds": options.rounds, "skipped": skipped, "runs": runs}
                     (options.out / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
     finally:
         if remote is not None:
@@ -205,7 +205,8 @@ def _table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return the date, the processor or the GPU, and the versions of what is compared."""
     versions = {}
     for name in DISTRIBUTIONS:
         try:

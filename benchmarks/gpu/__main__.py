@@ -45,14 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     deadline = time.monotonic() + 60 * options.minutes
-    without = missing()
+    without = missing(for_gpu=not options.dry_run)
     for line in without:
         print(f"missing: {line}", flush=True)
+    if without:
+        return 1
     for name in PEERS:
         if not installed(name):
             print(f"not installed, so not measured: {name}", flush=True)
-    if without and not options.dry_run:
-        return 1
     options.out.mkdir(parents=True, exist_ok=True)
     for name in ("tests.txt", "log.txt"):
         (options.out / name).unlink(missing_ok=True)
@@ -60,7 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
         "began": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "minutes": options.minutes,
         "dry_run": options.dry_run,
-        "missing": without,
         "parts": [],
     }
     for part in PARTS:
@@ -94,10 +93,10 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def missing() -> list[str]:
-    """Return what is missing without which no part can run on a GPU."""
+def missing(for_gpu: bool) -> list[str]:
+    """Return what is missing without which no part can run, on a GPU or on the CPU."""
     found = [f"{name} is not installed" for name in NEEDED if not installed(name)]
-    if found:
+    if found or not for_gpu:
         return found
     import torch
 
@@ -138,7 +137,7 @@ def run(part: Part, dry_run: bool, seconds_left: float, out: Path) -> Outcome:
         return {"name": part.name, "outcome": "skipped", "found": "no time left"}
     with tempfile.TemporaryDirectory() as name:
         folder, began = Path(name), time.monotonic()
-        code = _finished([argument.format(folder=folder) for argument in command], folder, limit)
+        code = _finished([argument.replace("{folder}", name) for argument in command], folder, limit)
         seconds = round(time.monotonic() - began, 1)
         printed = (folder / "stdout").read_text(errors="replace")
         errors = (folder / "stderr").read_text(errors="replace")
@@ -199,7 +198,7 @@ def _in_words(result: dict[str, Any]) -> str:
         return f"{sum(len(run['rows']) for run in result['runs'])} timings"
     if "rows" in result:
         return f"{len(result['rows'])} timings"
-    return str(result["name"])
+    return str(result["machine"])
 
 
 def _tests_in_words(printed: str) -> str:

@@ -45,15 +45,14 @@ _PEERS = ["--only", "bitsandbytes", "torch fused AdamW", "flashoptim"]
 _SMALL = ["--sizes", "600", "--dtypes", "bfloat16", "--threads", "1", "--rounds", "1"]
 
 PARTS = (
-    _measurement("machine", "machine", 60),
+    _measurement("card", "versions and the card", 60),
     Part("check", 150, ["-m", "lion", "check", "--json"], "stdout"),
-    _tests("tests/gpu", 120, workers=4),
+    _tests("tests/gpu", 120, workers=8),
     # One process: it looks at how much memory is free.
     _tests("tests/paging/test_gpu.py", 60),
-    _tests("tests/differential/test_cuda_gpu.py", 120, workers=4),
+    _tests("tests/differential/test_cuda_gpu.py", 120, workers=8),
     _measurement("paged", "paged state", 45),
-    _measurement("gradients", "gradients off 16 bytes", 30),
-    *(_measurement("kernels", f"kernels {name}", 75, "--variant", name) for name in VARIANTS),
+    *(_measurement("kernels", f"kernels {name}", 90, "--variant", name) for name in VARIANTS),
     Part("benchmark", 120, [*_ON_GPU, *_PEERS], "benchmark.json", [*_BENCHMARK, *_SMALL, "--only", "fused"]),
     # Apart from the others, for it compiles for long.
     Part("benchmark of torchao", 60, [*_ON_GPU, "--only", "torchao"], "benchmark.json", modules=("torchao",)),
