@@ -156,7 +156,7 @@ def test_params(params: Any) -> None:
         for p in group["params"]:
             # What never gets a gradient may be anything.
             if p.requires_grad or p.dtype in (torch.float32, torch.float16, torch.bfloat16):
-                p.grad = torch.ones_like(p)
+                p.grad = torch.zeros_like(p)
     try:
         optimizer.step()
     except (TypeError, ValueError) as error:
