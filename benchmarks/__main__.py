@@ -35,7 +35,8 @@ DISTRIBUTIONS = (
     *("numba-lion", "torch", "numba", "numpy", "bitsandbytes", "bitsandbytes-cpu-fork", "lion-pytorch"),
     *("torch-optimi", "pytorch-optimizer", "timm", "flashoptim", "torchao"),
 )
-OURS = {
+Make = Callable[[list[nn.Parameter]], Any]
+OURS: dict[str, Make] = {
     "numba-lion Lion": partial(Lion, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY),
     "numba-lion Lion8bit": partial(Lion8bit, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, min_8bit_size=0),
 }
@@ -111,7 +112,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """Return one result per number of threads; on a GPU one, with 0 threads."""
     params = measure.make_params(workload, DTYPES[dtype], device)
-    makers: dict[str, Callable[[list[nn.Parameter]], Any]] = {**_ours(dtype), **peers()}
+    makers: dict[str, Make] = {**_ours(dtype), **peers()}
     steps = {name: measure.bound(params, itemsize) for name, itemsize in BOUNDS.items()}
     sizes: dict[str, dict[str, float]] = {}
     task = progress.add_task(f"{workload.title}, {dtype}: first steps", total=None)
@@ -152,8 +153,8 @@ def _measure(
     return results
 
 
-def _ours(dtype: str) -> dict[str, Callable[[list[nn.Parameter]], Any]]:
-    kept = {
+def _ours(dtype: str) -> dict[str, Make]:
+    kept: dict[str, Make] = {
         f"{name}, {title}": partial(make, **options)
         for name, make in OURS.items()
         for title, options in WAYS_OF_KEEPING.items()

@@ -99,7 +99,7 @@ def _contestant(params: list[nn.Parameter], kind: Kind) -> Contestant:
 def _hash(tensors: list[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().reshape(-1)[:HASHED].cpu().view(torch.uint8).numpy())
+        digest.update(tensor.detach().reshape(-1)[:HASHED].cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
