@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.__main__ import WAYS_OF_KEEPING, machine
+from benchmarks.__main__ import machine
 from benchmarks.gpu.variants import VARIANTS
 from benchmarks.peers import BETAS, LR, WEIGHT_DECAY
 from lion import Lion, Lion8bit, PagedLion8bit
 from lion._cli import measure, overview
+from lion._cli.check import WAYS_OF_KEEPING
 from lion._cli.measure import Workload
 
 Row = dict[str, Any]
