@@ -231,7 +231,10 @@ class Lion(Optimizer):
             optimizer's own.
         """
         saved = super().state_dict()
-        return {**saved, "param_groups": [python_numbers(group) for group in saved["param_groups"]]}
+        # A hook of the program may have put anything in its place.
+        if not isinstance(saved, dict) or "param_groups" not in saved:
+            return saved
+        return {**saved, "param_groups": python_numbers(saved["param_groups"])}
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
