@@ -204,7 +204,8 @@ def float32_state_dict(model: nn.Module, optimizer: Lion) -> dict[str, Any]:
     """
     _check_optimizer(optimizer)
     states = ((p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"])
-    lows = {id(p): state["master_low"] for p, state in states if "master_low" in state}
+    # Of a parameter that has become float32, the next step drops it.
+    lows = {id(p): state["master_low"] for p, state in states if "master_low" in state and p.dtype == torch.bfloat16}
     own = _tensors_of(model, lows)
     # Tied parameters stay tied.
     wide = {id(value): _as_float32(value, lows.get(id(value))) for value in own.values() if isinstance(value, Tensor)}

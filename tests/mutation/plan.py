@@ -49,9 +49,14 @@ def _tests(*files: str) -> Run:
     return Run((*(f"tests/{file}" for file in files), "-k", "not keyboard_interrupt and not new_process"))
 
 
+_WEIGHTS = _tests(
+    *("weights16/test_options.py", "weights16/test_checkpoints.py", "weights16/test_training.py"),
+    "weights16/test_exchange.py",
+)
 _BATCH = (
     _tests("optimizers/test_tensors.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
     _tests("optimizers/test_contract.py", "optimizers/test_programs.py", "failures", "optimizers/test_numbers.py"),
+    _WEIGHTS,
 )
 _COMPUTING = (
     _tests("optimizers/test_numbers.py"),
@@ -59,17 +64,20 @@ _COMPUTING = (
         *("optimizers/test_functional.py", "optimizers/test_loss_scale.py", "optimizers/test_construction.py"),
         *("differential/test_errors.py", "distributed/test_one_process.py", "optimizers/test_contract.py"),
     ),
+    _WEIGHTS,
 )
 _PLAN = (
     _tests("optimizers/test_tensors.py", "optimizers/test_overrides.py", "optimizers/test_construction.py"),
     _tests("optimizers/test_contract.py", "distributed/test_one_process.py", "optimizers/test_programs.py"),
     _tests("fuzzing", "failures", "paging/test_paged.py", "optimizers/test_state.py"),
     _tests("distributed/test_fsdp1.py", "distributed/test_fsdp2.py", "distributed/test_agreement.py"),
+    _WEIGHTS,
 )
 _STATE = (
     _tests("checkpoints/test_mutations.py", "checkpoints/test_options.py", "fuzzing/test_checkpoints.py"),
     _tests("optimizers/test_overrides.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
     _tests("optimizers/test_state.py", "interop", "paging/test_fork.py"),
+    _WEIGHTS,
 )
 
 # A mutant that passes all its runs lives on; the runs that are quick and notice most come first.
@@ -134,11 +142,13 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _tests("distributed/test_one_process.py"),
         _tests("distributed/test_fsdp2.py"),
         _tests("distributed/test_dcp.py", "distributed/test_agreement.py"),
+        _tests("weights16/test_sharded.py"),
     ),
     "lion/_options.py": (
         _tests("optimizers/test_construction.py", "fuzzing/test_arguments.py"),
         _tests("optimizers/test_contract.py", "paging/test_paged.py", "optimizers/test_overrides.py"),
         _tests("situations/test_other_algorithms.py", "situations/test_schedules.py"),
+        _tests("weights16/test_options.py"),
     ),
     "lion/_parameters.py": _PLAN,
     "lion/_plan.py": _PLAN,
@@ -151,7 +161,12 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "lion/_state/checks.py": _STATE,
     "lion/_state/layout.py": _STATE,
     "lion/_state/loading.py": _STATE,
-    "lion/exchange.py": (_tests("interop", "fuzzing/test_checkpoints.py", "distributed/test_one_process.py"),),
+    "lion/_state/master.py": (_WEIGHTS, _tests("weights16/test_sharded.py")),
+    "lion/exchange.py": (
+        _tests("interop", "fuzzing/test_checkpoints.py", "distributed/test_one_process.py"),
+        _tests("weights16/test_exchange.py", "weights16/test_checkpoints.py"),
+        _tests("weights16/test_sharded.py"),
+    ),
     "lion/functional.py": (
         _tests("optimizers/test_functional.py", "interop", "differential/test_errors.py", "fuzzing/test_memory.py"),
     ),

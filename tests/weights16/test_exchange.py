@@ -115,6 +115,17 @@ def test_without_master_bits_values_are_rounded_to_nearest():
         assert_same_bits(whole(optimizer, [p])[0], values.bfloat16().float())
 
 
+def test_a_parameter_that_has_become_float32():
+    p = bfloat16(300)
+    optimizer = lion.Lion([p], master_weight_bits=24, **OPTIONS)
+    take(optimizer, [p], range(2))
+    p.grad = None
+    p.data = p.data.float()
+    assert_same_bits(whole(optimizer, [p])[0], p)
+    take(optimizer, [p], [2])
+    assert "master_low" not in optimizer.state[p]
+
+
 def test_memory_order_and_several_models():
     first, second = bfloat16(30, 40), nn.Parameter(bfloat16(40, 30, seed=1).detach().t())
     second.grad_dtype = torch.float32
