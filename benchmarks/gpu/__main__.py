@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         _write(options.out / "results.json", report)
     from benchmarks.gpu import tables  # not before it is known that its needs are met
 
-    tables.show(report)
     print(f"wrote {options.out / 'results.json'}")
+    tables.show(report)
     return int(any(outcome["outcome"] in ("failed", "out of time") for outcome in report["parts"]))
 
 
