@@ -108,7 +108,7 @@ def missing(for_gpu: bool) -> list[str]:
         found.append("a GPU does nothing where NUMBA_ENABLE_CUDASIM=1 is in the environment")
     try:
         launch.require()
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         found.append(str(error))
     return found
 
