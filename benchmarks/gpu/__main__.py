@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
         _write(options.out / "results.json", report)
     from benchmarks.gpu import tables  # not before it is known that its needs are met
 
-    tables.show(report)
     print(f"wrote {options.out / 'results.json'}")
+    tables.show(report)
     return int(any(outcome["outcome"] in ("failed", "out of time") for outcome in report["parts"]))
 
 
@@ -108,7 +108,7 @@ def missing(for_gpu: bool) -> list[str]:
         found.append("a GPU does nothing where NUMBA_ENABLE_CUDASIM=1 is in the environment")
     try:
         launch.require()
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         found.append(str(error))
     return found
 

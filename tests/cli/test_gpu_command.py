@@ -49,7 +49,7 @@ def test_dry_run(tmp_path: Path) -> None:
     rows = next(o for o in report["parts"] if o["name"] == "benchmark")["result"]["runs"][0]["rows"]
     assert {"numba-lion Lion8bit, 24 master bits", "numba-lion Lion, stochastic rounding"} < set(rows)
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "log.txt"}
-    assert printed.index("Timings") < printed.rindex("Parts") < printed.rindex(PARTS[-1].name)
+    assert printed.index("wrote") < printed.index("Timings") < printed.rindex("Parts") < printed.rindex(PARTS[-1].name)
 
 
 @pytest.mark.skipif(not launch.simulated(), reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import lion
-from lion._backends import cuda
 from tests.comparing import assert_same_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -220,6 +219,8 @@ def test_other_streams_and_threads() -> None:
 
 def test_first_steps_of_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a device's threads share is made by one of them, and kept for all."""
+    from lion._backends import cuda  # not importable without numba-cuda
+
     size, threads = 3000, 3
     values = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
 
