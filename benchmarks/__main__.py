@@ -27,27 +27,29 @@ from torch import nn
 from benchmarks.peers import BETAS, LR, WEIGHT_DECAY, peers
 from benchmarks.remote import Remote
 from lion import Lion, Lion8bit
-from lion._cli import measure
+from lion._cli import device_name, measure
+from lion._cli.check import WAYS_OF_KEEPING
 from lion._cli.measure import WORKLOADS, Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DISTRIBUTIONS = (
     *("numba-lion", "torch", "numba", "numpy", "bitsandbytes", "bitsandbytes-cpu-fork", "lion-pytorch"),
-    *("torch-optimi", "pytorch-optimizer", "timm", "torchao"),
+    *("torch-optimi", "pytorch-optimizer", "timm", "flashoptim", "torchao"),
 )
-OURS = {
-    "numba-lion Lion": lambda params: Lion(params, LR, BETAS, WEIGHT_DECAY),
-    "numba-lion Lion8bit": lambda params: Lion8bit(params, LR, BETAS, WEIGHT_DECAY, min_8bit_size=0),
+Make = Callable[[list[nn.Parameter]], Any]
+OURS: dict[str, Make] = {
+    "numba-lion Lion": partial(Lion, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY),
+    "numba-lion Lion8bit": partial(Lion8bit, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, min_8bit_size=0),
 }
 BOUNDS = {"bound, 32-bit state": 4, "bound, 8-bit state": 1}
 # How the contestants' steps compare: 8-bit states with 8-bit states, the rest with 32-bit Lion.
-EIGHT_BIT = ("Lion8bit", "AdamW8bit")
+EIGHT_BIT = ("Lion8bit", "AdamW8bit", "FlashLion", "8-bit")
 
 
 def main() -> int:
     """Measure, print and write."""
     options = _parser().parse_args()
-    device = torch.device("cpu")
+    device = torch.device(options.device)
     console = Console(width=120) if not sys.stdout.isatty() else Console()
     remote = Remote(options.fork_python) if options.fork_python else None
     options.out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,7 @@ def main() -> int:
             for workload in _workloads(options):
                 for dtype in options.dtypes:
                     runs += _measure(workload, dtype, device, options, remote, skipped, progress)
-                    report = {**_machine(), "rounds": options.rounds, "skipped": skipped, "runs": runs}
+                    report = {**machine(device), "rounds": options.rounds, "skipped": skipped, "runs": runs}
                     (options.out / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
     finally:
         if remote is not None:
@@ -67,8 +69,9 @@ def main() -> int:
         console.print(_table(result))
     for name, reason in skipped.items():
         console.print(f"not measured: {name}: {reason}", markup=False)
-    _draw(report, options.out / "benchmark.png")
-    console.print(f"wrote {options.out / 'benchmark.json'} and {options.out / 'benchmark.png'}", markup=False)
+    if options.picture:
+        _draw(report, options.out / "benchmark.png")
+    console.print(f"wrote {options.out / 'benchmark.json'}{' and benchmark.png' * options.picture}", markup=False)
     return 0
 
 
@@ -77,10 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="(default: all)")
     parser.add_argument("--sizes", nargs="+", type=float, help="single tensors of so many elements instead")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on a CPU (default: 1 2)")
     parser.add_argument("--rounds", type=int, default=11, help="timed steps of each contestant (default: 11)")
     parser.add_argument("--only", nargs="+", default=[], help="contestants whose name contains one of these")
     parser.add_argument("--fork-python", help="Python of an environment that holds bitsandbytes-cpu-fork")
+    parser.add_argument("--no-picture", dest="picture", action="store_false", help="as without matplotlib")
     parser.add_argument("--out", type=Path, default=Path("build/benchmark"), help="folder to write to")
     return parser
 
@@ -100,9 +105,9 @@ def _measure(
     skipped: dict[str, str],
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Return one result per number of threads."""
+    """Return one result per number of threads; on a GPU one, with 0 threads."""
     params = measure.make_params(workload, DTYPES[dtype], device)
-    makers: dict[str, Callable[[list[nn.Parameter]], Any]] = {**OURS, **peers()}
+    makers: dict[str, Make] = {**_ours(dtype), **peers()}
     steps = {name: measure.bound(params, itemsize) for name, itemsize in BOUNDS.items()}
     sizes: dict[str, dict[str, float]] = {}
     task = progress.add_task(f"{workload.title}, {dtype}: first steps", total=None)
@@ -125,14 +130,15 @@ def _measure(
         remote.ask(do="make", dtype=dtype, shapes=workload.shapes)
         timers.update({name: partial(remote.ask, do="step", name=name) for name in remote.ask(do="names")})
     results = []
-    for threads in options.threads:
-        torch.set_num_threads(threads)
+    for threads in options.threads if device.type == "cpu" else [0]:
+        if threads:
+            torch.set_num_threads(threads)
         for name in timers:
             if name in steps:
                 steps[name]()
             elif remote is not None:
                 remote.ask(do="first", name=name, threads=threads)
-        description = f"{workload.title}, {dtype}, {threads} threads"
+        description = _title(workload.title, dtype, threads)
         progress.update(task, description=description, total=options.rounds * len(timers), completed=0)
         times = measure.in_turns(timers, options.rounds, partial(progress.advance, task))
         results.append(_result(workload, dtype, threads, times, sizes))
@@ -142,13 +148,23 @@ def _measure(
     return results
 
 
+def _ours(dtype: str) -> dict[str, Make]:
+    """Return ours, for bfloat16 with the ways of keeping weights; the bounds leave out what master bits move."""
+    kept: dict[str, Make] = {
+        f"{name}, {title}": partial(make, **options)
+        for name, make in OURS.items()
+        for title, options in WAYS_OF_KEEPING.items()
+    }
+    return {**OURS, **(kept if dtype == "bfloat16" else {})}
+
+
 def _result(
     workload: Workload, dtype: str, threads: int, times: dict[str, list[float]], sizes: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
     rows = {}
     summaries = {name: measure.summary(seconds) for name, seconds in times.items()}
     for name, s in summaries.items():
-        eight = name.endswith(EIGHT_BIT) or name == "bound, 8-bit state"
+        eight = any(part in name for part in EIGHT_BIT)
         bound = summaries["bound, 8-bit state" if eight else "bound, 32-bit state"]
         ours = summaries["numba-lion Lion8bit" if eight else "numba-lion Lion"]
         rows[name] = {
@@ -160,9 +176,12 @@ def _result(
     return {"workload": workload.title, "elements": workload.elements, "dtype": dtype, "threads": threads, "rows": rows}
 
 
+def _title(workload: str, dtype: str, threads: int) -> str:
+    return f"{workload}, {dtype}" + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
+
+
 def _table(result: dict[str, Any]) -> Table:
-    threads = result["threads"]
-    table = Table(title=f"{result['workload']}, {result['dtype']}, {threads} thread{'s' if threads > 1 else ''}")
+    table = Table(title=_title(result["workload"], result["dtype"], result["threads"]))
     table.add_column("")
     for heading in ("ns/parameter", "quartiles", "ms/step", "of bound", "ours is faster", "state B", "extra B"):
         table.add_column(heading, justify="right")
@@ -183,7 +202,8 @@ def _table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _machine() -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return the date, the processor or the GPU, and the versions of what is compared."""
     versions = {}
     for name in DISTRIBUTIONS:
         try:
@@ -194,7 +214,7 @@ def _machine() -> dict[str, Any]:
     models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": models[0] if models else platform.processor(),
+        "machine": device_name(device) if device.type == "cuda" else models[0] if models else platform.processor(),
         "processors": len(models),
         "python": platform.python_version(),
         "versions": versions,
@@ -221,8 +241,7 @@ def _draw(report: dict[str, Any], path: Path) -> None:
         axis.invert_yaxis()
         axis.margins(x=0.1)
         axis.set_xlabel("ns per parameter and step (log scale)")
-        threads = result["threads"]
-        axis.set_title(f"{result['workload']}, {result['dtype']}, {threads} thread{'s' if threads > 1 else ''}")
+        axis.set_title(_title(result["workload"], result["dtype"], result["threads"]))
     figure.suptitle(f"{report['machine']}, {report['date']}")
     figure.savefig(path, dpi=120)
 

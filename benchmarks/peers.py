@@ -70,6 +70,14 @@ def _timm(params: Params) -> Any:
     return Lion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, foreach=True)
 
 
+def _flashoptim(params: Params) -> Any:
+    from flashoptim import FlashLion
+
+    if params[0].dtype == torch.float32:
+        raise ValueError("its master bits are for 16-bit parameters")
+    return FlashLion(params, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY)
+
+
 def _adamw(params: Params) -> Any:
     return torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
 
@@ -96,6 +104,7 @@ def peers() -> dict[str, Callable[[Params], Any]]:
         "torch-optimi": _optimi,
         "pytorch-optimizer": _pytorch_optimizer,
         "timm": _timm,
+        "flashoptim FlashLion, 24 master bits": _flashoptim,
         "torch.compile Lion": CompiledLion,
         "torch fused AdamW": _adamw,
         "torchao AdamW8bit": _torchao,

@@ -16,7 +16,7 @@ from lion._backends import Batch, LossScale, StepCoefficients, Weights, for_devi
 from lion._memory import sharding
 from lion._options import HYPERPARAMETERS, check_group, check_value, rate_on_host
 from lion._parameters import Group, check_gradient, check_weights, parameter_name
-from lion._state import Form, State, adapted, form_of, rounding_seed_of
+from lion._state import Form, State, adapted, form_of, put, rounding_seed_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -105,11 +105,7 @@ class Plan:
             )
         self._ids = [id(member.p) for member in members]
         for member, new in [(m, adapted(states.get(m.p), m.p, m.form, m.name)) for m in members]:
-            # Programs that hold a state go on seeing it.
-            old = states.setdefault(member.p, new)
-            if old is not new:
-                old.clear()
-                old.update(new)
+            put(states, member.p, new)
         self._parts = [
             _part(members, numbers, states) for numbers in _together(members, [states[m.p] for m in members])
         ]

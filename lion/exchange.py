@@ -22,10 +22,12 @@ from lion._state import (
     check_saved_group,
     entries_beside,
     form_of,
+    from_communication,
     is_reset,
     join,
     kind_in,
     momentum,
+    put,
     quantized,
     split,
     zero_momentum,
@@ -201,7 +203,8 @@ def float32_state_dict(model: nn.Module, optimizer: Lion) -> dict[str, Any]:
         ValueError: If the model's state dict does not hold a parameter that has a lower part, as with FSDP1.
     """
     _check_optimizer(optimizer)
-    lows = {id(p): state["master_low"] for p, state in optimizer.state.items() if "master_low" in state}
+    states = ((p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"])
+    lows = {id(p): state["master_low"] for p, state in states if "master_low" in state}
     own = _tensors_of(model, lows)
     # Tied parameters stay tied.
     wide = {id(value): _as_float32(value, lows.get(id(value))) for value in own.values() if isinstance(value, Tensor)}
@@ -253,7 +256,7 @@ def load_float32_state_dict(model: nn.Module, optimizer: Lion, state: StateDict)
         for p, new, high, low in parts:
             sharding.local(p).copy_(high)
             sharding.local(new["master_low"]).copy_(low)
-            optimizer.state[p] = new
+            put(optimizer.state, p, new)
 
 
 def _check_optimizer(optimizer: object) -> None:
@@ -324,4 +327,4 @@ def _check(key: object, own: Any) -> None:
     if not isinstance(own, Mapping) or not isinstance(own.get("state1"), Tensor):
         raise ValueError(f"Invalid state of {name}: a dict with a tensor 'state1' is needed")
     if not sharding.is_dtensor(own["state1"]):
-        check_contents(own, own["state1"], name)
+        check_contents(from_communication(own), own["state1"], name)

@@ -16,7 +16,7 @@ from lion._memory import paging, sharding
 from lion._options import STATE_OPTIONS, WEIGHT_OPTIONS, check_algorithm, check_group, explains_keywords, shown
 from lion._parameters import check_parameter, check_weights, parameter_name
 from lion._plan import Plan, Prepared
-from lion._state import converted, form_of, placed, python_numbers
+from lion._state import converted, for_communication, form_of, placed, python_numbers
 from lion.overrides import GlobalOptimManager
 
 _KEPT_PLANS = 4
@@ -227,6 +227,8 @@ class Lion(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the groups, to be saved; NumPy's numbers in the groups become Python's.
 
+        Lower parts of 32 master bits of a DTensor are shown as bfloat16, which torch can communicate.
+
         Returns:
             A dict with the keys ``state``, by a parameter's number, and ``param_groups``; its tensors are the
             optimizer's own.
@@ -234,9 +236,10 @@ class Lion(Optimizer):
         self._renew_maps()
         saved = super().state_dict()
         # A hook of the program may have put anything in its place.
-        if not isinstance(saved, dict) or "param_groups" not in saved:
+        if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
             return saved
-        return {**saved, "param_groups": python_numbers(saved["param_groups"])}
+        states = {key: for_communication(state) for key, state in saved["state"].items()}
+        return {**saved, "state": states, "param_groups": python_numbers(saved["param_groups"])}
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

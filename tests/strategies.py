@@ -315,6 +315,12 @@ def step_counts() -> st.SearchStrategy[np.float32]:
     return (st.integers(0, 1000) | st.sampled_from([2**24 - 2, 2**24 - 1, 2**24])).map(np.float32)
 
 
+def weight_options() -> st.SearchStrategy[dict[str, Any]]:
+    """Options of 16-bit weights, as keyword arguments of an optimizer of no float16 parameters."""
+    seeds = st.integers(0, 2**64 - 1).map(lambda seed: {"stochastic_rounding": True, "rounding_seed": seed})
+    return st.sampled_from([{}, {"master_weight_bits": 24}, {"master_weight_bits": 32}]) | seeds
+
+
 def options() -> st.SearchStrategy[dict[str, Any]]:
     """Any options of a parameter group, as keyword arguments of an optimizer; missing ones are the defaults."""
     return st.fixed_dictionaries(

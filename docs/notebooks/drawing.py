@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -149,3 +149,37 @@ def lanes(ax: Axes, elements: npt.NDArray[Any], title: str) -> None:
         ax.plot(row[active], np.flatnonzero(active), ".", markersize=3)
     ax.invert_yaxis()
     ax.set(title=title, xlabel="element", ylabel="lane")
+
+
+def bits(ax: Axes, rows: Mapping[str, Sequence[str]]) -> None:
+    """Draw numbers bit by bit, the first part of each in blue and the second in orange.
+
+    Args:
+        ax: Where to draw.
+        rows: By name, one or two strings of 0 and 1 each, which are drawn one after the other.
+    """
+    for row, parts in enumerate(rows.values()):
+        column = 0
+        for part, colour in zip(parts, (BLUE, ORANGE), strict=False):
+            for bit in part:
+                one = bit == "1"
+                field = Rectangle((column - 0.45, row - 0.36), 0.9, 0.72, facecolor=colour if one else "none")
+                field.set_edgecolor(colour)
+                ax.add_patch(field)
+                ax.text(
+                    column,
+                    row,
+                    bit,
+                    ha="center",
+                    va="center_baseline",
+                    fontsize=8,
+                    color="white" if one else INK,
+                )
+                column += 1
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_xticks([])
+    ax.set(xlim=(-0.6, 31.6), ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(False)
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)

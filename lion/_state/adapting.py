@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
 
@@ -109,6 +111,14 @@ def zero_momentum(p: Tensor, kind: Kind) -> State:
     """Return the part of a state that keeps a momentum of zero in the way of a kind."""
     state = create(p, Form(kind, clipped=False, paged=False))
     return {key: state[key] for key in _MOMENTUM_KEYS[kind]}
+
+
+def put(states: MutableMapping[Tensor, State], p: Tensor, new: State) -> None:
+    """Make a state that of a parameter: programs that hold the one it has go on seeing it."""
+    old = states.setdefault(p, new)
+    if old is not new:
+        old.clear()
+        old.update(new)
 
 
 def placed(state: State, paged: bool, strides: tuple[int, ...] | None = None) -> State:

@@ -16,6 +16,7 @@ from lion._options import Kind, shown
 from lion._state.adapting import adapted, momentum
 from lion._state.checks import check_contents, check_memory, check_sharded, is_dense, is_zero
 from lion._state.layout import Form, State, foreign, is_unused, kind_in
+from lion._state.master import from_communication
 
 NESTED_KEY = "__bnb_optimizer_quant_state__"
 
@@ -127,6 +128,7 @@ def _flattened(saved: object, name: str) -> State:
     if not isinstance(nested, Mapping):
         raise ValueError(f"Invalid state of {name}: {NESTED_KEY!r} must be a dict, not {type(nested).__name__}")
     flat.update(nested)
+    flat = from_communication(flat)
     step = flat.get("step")
     if isinstance(step, (int, float)):
         try:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lion._memory import sharding
 from lion.reference.rounding import QUIET_NAN
 
 LOW_DTYPES = {24: torch.int8, 32: torch.int16}
@@ -55,6 +59,28 @@ def with_bits(low: Tensor, bits: int) -> Tensor:
     if bits == 32:
         return low.to(torch.int16) << 8
     return _rounded(low.int()).clamp_(max=127).to(torch.int8)
+
+
+def for_communication(state: Any) -> Any:
+    """Return a state as torch can communicate it: lower parts of int16 in shards as bfloat16 of the same memory.
+
+    gloo and NCCL have no int16, so that nobody could gather such a state in full, or send it to others.
+
+    Args:
+        state: The state of a parameter, or whatever a program has put in the place of one.
+    """
+    low = state.get("master_low") if isinstance(state, Mapping) else None
+    if not sharding.is_dtensor(low) or low.dtype != torch.int16:
+        return state
+    return {**state, "master_low": sharding.laid_out_like(sharding.local(low).view(torch.bfloat16), low)}
+
+
+def from_communication(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved state with lower parts as what they are."""
+    low = state.get("master_low")
+    if not isinstance(low, Tensor) or low.dtype != torch.bfloat16 or low.is_meta:
+        return dict(state)
+    return {**state, "master_low": sharding.laid_out_like(sharding.local(low).view(torch.int16), low)}
 
 
 def _rounded(pattern: Tensor) -> Tensor:

@@ -30,13 +30,15 @@ def demo(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 def test_results(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
     report = demo(capsys, "--data", text, "--out", str(tmp_path / "out"))
     results = {result["optimizer"]: result for result in report["results"]}
-    assert list(results) == ["AdamW", "Lion", "Lion8bit", "PagedLion8bit"]
+    assert list(results) == ["AdamW", "Lion", "Lion8bit", "PagedLion8bit", "Lion8bit-bf16"]
     assert results["AdamW"]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
     assert results["Lion"]["state_bytes_per_parameter"] == pytest.approx(4, abs=0.01)
-    for name in ("Lion8bit", "PagedLion8bit"):
-        assert 1 < results[name]["state_bytes_per_parameter"] < 1.1
+    for name, low in (("Lion8bit", 0), ("PagedLion8bit", 0), ("Lion8bit-bf16", 1)):
+        assert 1 < results[name]["state_bytes_per_parameter"] - low < 1.1
         assert results[name]["held_out_loss"] == pytest.approx(results["Lion"]["held_out_loss"], rel=0.02)
     assert results["Lion8bit"]["curve"] == results["PagedLion8bit"]["curve"]
+    for name, result in results.items():
+        assert result["weight_bytes_per_parameter"] == (2 if name == "Lion8bit-bf16" else 4)
     starts = {result["curve"][0][1] for result in results.values()}
     assert len(starts) == 1
     for result in results.values():
@@ -85,7 +87,10 @@ def test_no_room_for_paged_state(
     [
         (["--steps", "0"], "Invalid --steps: 0; at least 1 is needed"),
         (["--seed", "-1"], "Invalid --seed: -1; at least 0 is needed"),
-        (["--optimizers", "Lion,Adam"], "Invalid --optimizers: 'Adam'; AdamW, Lion, Lion8bit, PagedLion8bit"),
+        (
+            ["--optimizers", "Lion,Adam"],
+            "Invalid --optimizers: 'Adam'; AdamW, Lion, Lion8bit, PagedLion8bit, Lion8bit-bf16",
+        ),
         (["--data", "missing.txt"], "Invalid --data: missing.txt; No such file"),
         (["--data", "."], "Invalid --data: .; Is a directory"),
         (["--data", "empty"], "Invalid --data: 0 characters; at least"),

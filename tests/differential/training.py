@@ -58,7 +58,8 @@ def recipes(draw: st.DrawFn, cls: str, *, max_size: int = 1200, max_groups: int 
         fixed.add("is_paged")
     groups = []
     for _ in range(draw(st.integers(1, max_groups))):
-        options = {key: value for key, value in draw(strategies.options()).items() if key not in fixed}
+        weights = draw(strategies.weight_options())
+        options = {key: value for key, value in draw(strategies.options()).items() if key not in fixed} | weights
         members = [
             Parameter(
                 dtype,
@@ -67,6 +68,7 @@ def recipes(draw: st.DrawFn, cls: str, *, max_size: int = 1200, max_groups: int 
                 draw(strategies.offsets(dtype)),
             )
             for dtype in draw(st.permutations(list(strategies.FLOAT_DTYPES)))
+            if not (weights and dtype == "float16")
         ]
         groups.append((options, members))
     schedule, loss_scale = draw(st.sampled_from(list(SCHEDULES))), draw(st.sampled_from([1024.0, None, 3.0]))
@@ -114,6 +116,8 @@ class Training:
         tensor = as_tensor(memory).to(self.device)
         tensor = {"strided": lambda: tensor[:, 0], "transposed": tensor.t}.get(p.layout, lambda: tensor)()
         self.params.append(nn.Parameter(tensor))
+        # Gradients of float32, too.
+        self.params[-1].grad_dtype = None
         self.memories.append(memory)
         return self.params[-1]
 
@@ -145,7 +149,7 @@ class Training:
             recipe = str(rng.choice(finite))
         elif chance < 0.3 and self.taken >= 0.8 * self.steps:
             recipe = str(rng.choice(("one_not_finite", "finite_bits", "special", "raw_bits")))
-        dtype = str(p.dtype).removeprefix("torch.")
+        dtype = "float32" if rng.random() < 0.3 else str(p.dtype).removeprefix("torch.")
         values = strategies.make_floats(recipe, dtype, p.numel(), int(rng.integers(2**32)))
         memory = guarded(values, offset_bytes=int(rng.integers(64 // values.itemsize)) * values.itemsize)
         return as_tensor(memory).to(self.device).view(p.shape)

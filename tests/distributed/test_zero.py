@@ -132,8 +132,9 @@ def test_resuming_on_another_number_of_processes(forking, before, after, bucket_
 
 
 def test_a_step_that_loading_left_on_the_cpu_moves_to_the_parameter(monkeypatch):
-    # The one other device that every machine has is refused where a state is checked.
-    monkeypatch.setattr(adapting, "check", lambda *arguments: None)
+    # The one other device that every machine has, without memory, is refused where a state is checked.
+    for name in ("check", "check_memory"):
+        monkeypatch.setattr(adapting, name, lambda *arguments: None)
     p, form = torch.empty(5, device="meta"), Form(Kind.FLOAT32, clipped=False, paged=False)
     loaded = {**layout.create(p, form), "step": torch.tensor(3.0)}
     assert adapting.adapted(loaded, p, form, "p")["step"].device == p.device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 import lion
+from lion._backends import cuda
 from tests.comparing import assert_same_bits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -197,8 +200,6 @@ def test_a_learning_rate_on_another_gpu_is_copied_without_waiting() -> None:
 
 
 def test_other_streams_and_threads() -> None:
-    import threading
-
     results: list[list[Tensor]] = []
 
     def work() -> None:
@@ -215,6 +216,126 @@ def test_other_streams_and_threads() -> None:
     for result in results:
         for actual, wanted in zip(result, expected, strict=True):
             assert_same_bits(actual, wanted)
+
+
+def test_first_steps_of_several_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device's threads share is made by one of them, and kept for all."""
+    size, threads = 3000, 3
+    values = [torch.randn(size, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+
+    def steps(device: torch.device) -> list[Tensor]:
+        p = torch.nn.Parameter(values[0].to(device))
+        optimizer = lion.Lion8bit([p], lr=1e-2, min_8bit_size=0)
+        for value in values[1:]:
+            p.grad = value.to(device)
+            optimizer.step()
+        return [t.cpu() for t in (p.detach(), *optimizer.state[p].values())]
+
+    expected = steps(torch.device("cpu"))
+    for _ in range(50):
+        monkeypatch.setattr(cuda, "_lookups", {})
+        barrier = threading.Barrier(threads)
+
+        def work(barrier: threading.Barrier = barrier) -> list[Tensor]:
+            barrier.wait(60)
+            return steps(GPU)
+
+        with ThreadPoolExecutor(threads) as pool:
+            results = [future.result() for future in [pool.submit(work) for _ in range(threads)]]
+        for result in results:
+            for actual, wanted in zip(result, expected, strict=True):
+                assert_same_bits(actual, wanted)
+
+
+SCALE = 1024.0
+SCALED_STEPS = 6
+INFINITE_STEP = 3
+
+
+def scaled_training(
+    device: torch.device, dtype: torch.dtype, unscaled: bool, options: dict[str, Any]
+) -> tuple[list[Tensor], Tensor]:
+    """Steps under a GradScaler, one of them with an infinite gradient; on a GPU none may wait for it.
+
+    Returns:
+        Parameters and states, and the scale.
+    """
+    generator = torch.Generator().manual_seed(3)
+    params = [torch.randn(size, generator=generator).to(device, dtype).requires_grad_() for size in (5000, 255, 1)]
+    optimizer = lion.Lion(params, lr=1e-2, weight_decay=0.1, **options)
+    scaler = torch.amp.GradScaler(device.type, init_scale=SCALE, growth_interval=1000)
+    scaler.scale(torch.zeros((), device=device))  # makes the scale
+    for step in range(SCALED_STEPS):
+        # The scale is halved at the infinite step; no gradient but that one overflows float16.
+        scale = SCALE if step <= INFINITE_STEP else SCALE / 2
+        for p in params:
+            p.grad = (torch.randn(p.shape, generator=generator) * scale).to(device, dtype)
+        if step == INFINITE_STEP:
+            params[0].grad[7] = float("inf")  # type: ignore[index]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            # The first steps bring tables to the device.
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            if unscaled:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    state = [value for p in params for value in optimizer.state[p].values()]
+    return [p.detach() for p in params] + state, scaler._scale  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unscaled"),
+    [(torch.float16, False), (torch.float32, False), (torch.float32, True)],  # torch unscales no float16 gradients
+    ids=str,
+)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_grad_scaler_skips_an_infinite_step_without_waiting(
+    options: dict[str, Any], dtype: torch.dtype, unscaled: bool
+) -> None:
+    found, scale = scaled_training(GPU, dtype, unscaled, options)
+    expected, _ = scaled_training(torch.device("cpu"), dtype, unscaled, options)
+    assert float(scale) == SCALE / 2
+    for i, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert_same_bits(actual.cpu(), wanted, what=f"tensor {i}")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_graph_replays_follow_the_scale_and_skip(options: dict[str, Any]) -> None:
+    def start() -> tuple[list[Tensor], lion.Lion]:
+        params = [p for p in parameters(GPU) if p.is_contiguous() and p.dtype == torch.float16]
+        optimizer = lion.Lion(params, lr=1e-2, weight_decay=0.1, **options)
+        optimizer.grad_scale = torch.tensor(SCALE, device=GPU)  # type: ignore[attr-defined]
+        optimizer.found_inf = torch.tensor(0.0, device=GPU)  # type: ignore[attr-defined]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        for _ in range(2):
+            optimizer.step()
+        return params, optimizer
+
+    (params, optimizer), (other, eager) = start(), start()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(SCALED_STEPS):
+        for tensors, each in ((params, optimizer), (other, eager)):
+            each.grad_scale.fill_(SCALE / (step + 1))  # type: ignore[attr-defined]
+            each.found_inf.fill_(float(step == INFINITE_STEP))  # type: ignore[attr-defined]
+            for p, g in zip(tensors, gradients(tensors, 0 if step == INFINITE_STEP else step), strict=True):
+                assert p.grad is not None
+                p.grad.copy_(g)
+        graph.replay()
+        eager.step()
+    torch.cuda.synchronize()
+    for p, q in zip(params, other, strict=True):
+        assert_same_bits(p.detach().cpu(), q.detach().cpu())
+        assert optimizer.state[p]["step"] == 2 + SCALED_STEPS - 1 or not p.numel()
+        for key, value in optimizer.state[p].items():
+            assert_same_bits(value.cpu(), eager.state[q][key].cpu(), what=key)
 
 
 def test_functional() -> None:

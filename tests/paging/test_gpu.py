@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -133,3 +134,34 @@ def test_a_fork_moves_nothing():
     assert paging.is_paged(tensor := paging.empty(torch.Size([LARGE]), torch.uint8, torch.device("cuda", 0)))
     paging._count_fork()
     assert paging.is_paged(tensor)
+
+
+def test_state_is_not_given_away_before_the_step_that_moves_it_has_ended():
+    """The optimizer goes while the GPU has not begun with its step, and others fill what memory comes free."""
+    plain = parameters()
+    other = lion.Lion8bit(plain, lr=1e-3, weight_decay=0.1)
+    for seed in range(2):
+        step(other, seed)
+    grads = [p.grad for p in plain]
+    stream, pattern = torch.cuda.Stream(), 0xA5
+    for _ in range(100):
+        params = parameters()
+        optimizer = lion.PagedLion8bit(params, lr=1e-3, weight_decay=0.1)
+        step(optimizer)
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        torch.cuda.synchronize()
+        torch.cuda._sleep(5_000_000)  # clock cycles, some milliseconds
+        optimizer.step()
+        gone = weakref.ref(optimizer)
+        del optimizer
+        assert gone() is None
+        with torch.cuda.stream(stream):
+            filled = [
+                paging.empty(torch.Size([size]), torch.uint8, torch.device("cuda", 0)).fill_(pattern)
+                for size in (LARGE, 4 * -(-LARGE // 256), LARGE)
+            ]
+        torch.cuda.synchronize()
+        for p, q in zip(params, plain, strict=True):
+            assert_same_bits(p, q)
+        assert all(bool((tensor == pattern).all()) for tensor in filled)

@@ -238,6 +238,7 @@ def test_options_of_numpy_are_saved_as_numbers() -> None:
         **{key: value.item() for key, value in numbers.items()},
         **{"params": [0], "lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
         **{"percentile_clipping": 5, "is_paged": False},
+        **{"master_weight_bits": None, "stochastic_rounding": False, "rounding_seed": 0},
     }
 
 

@@ -96,9 +96,9 @@ def test_loading_splits_as_the_reference_does(way):
     assert_same_bits(optimizer.state[p]["master_low"], low)
     assert (p.data_ptr(), optimizer.state[p]["step"]) == (address, 0) and p._version > version
     take(optimizer, [p], range(2))
-    kept = optimizer.state[p]["master_low"]
+    state, kept = optimizer.state[p], optimizer.state[p]["master_low"]
     exchange.load_float32_state_dict(model, optimizer, {"0": values.double()})
-    assert optimizer.state[p]["master_low"] is kept and optimizer.state[p]["step"] == 2
+    assert optimizer.state[p] is state and state["master_low"] is kept and state["step"] == 2
     assert_same_bits(kept, low)
     [again] = whole(optimizer, [p])
     assert_same_bits(again, reference.join(high, low))

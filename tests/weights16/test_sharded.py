@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -47,7 +47,7 @@ def sharded(values: Sequence[Tensor], shape: tuple[int, ...], placements: Sequen
     mesh, params = init_device_mesh("cpu", shape), []
     for value in values:
         own = [x if isinstance(x, Replicate) or value.ndim > x.dim else Replicate() for x in placements]
-        params.append(nn.Parameter(distribute_tensor(value.detach(), mesh, own)))
+        params.append(nn.Parameter(distribute_tensor(value.detach().clone(), mesh, own)))
         params[-1].grad_dtype = torch.float32
     return params
 
@@ -79,7 +79,13 @@ def equals_one_process(shape: tuple[int, ...], placements: tuple[Placement, ...]
                 if low is not None:
                     assert (low.placements, low.device_mesh) == (p.placements, p.device_mesh)
                     what = f"{name}, step {step}, lower part {number}"
-                    assert_same_bits(low.full_tensor(), expected.state[q]["master_low"], what=what)
+                    assert low.dtype == expected.state[q]["master_low"].dtype
+                    assert_same_bits(gathered(low), expected.state[q]["master_low"].int(), what=what)
+
+
+def gathered(low: DTensor) -> Tensor:
+    """Return lower parts whole, as int32: gloo and NCCL gather no int16."""
+    return low.int().full_tensor()
 
 
 @pytest.mark.parametrize(("shape", "placements"), MESHES.values(), ids=MESHES)
@@ -130,8 +136,34 @@ def set_gradients(model: nn.Module, step: int) -> None:
     """Give every parameter its part of the gradient that belongs to a step."""
     params = list(model.parameters())
     for p, g in zip(params, gradients(params, step), strict=True):
-        p.grad_dtype = torch.float32
-        p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+        # Of any dtype: torch.distributed.checkpoint makes state by gradients of the parameter's.
+        p.grad_dtype = None
+        # torch's distribute_tensor does not cut rows that are cut by tensor parallelism already.
+        p.grad = sharding.laid_out_like(sharding.shard_of(g, p), p) if isinstance(p, DTensor) else g
+
+
+def gathers(model: nn.Module, optimizer: lion.Lion, alone: nn.Module, expected: lion.Lion) -> None:
+    """Gather the whole state, and load it without any sharding, by ``exp_avg`` too, and from the first process."""
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    way = {"master_weight_bits": expected.param_groups[0]["master_weight_bits"]}
+    states = get_optimizer_state_dict(model, optimizer, options=whole)
+    if dist.get_rank() == 0:
+        kept = exchange.to_exp_avg(states, keep=["step", "master_low"])
+        for loaded in (states, exchange.from_exp_avg(kept)):
+            other = copy.deepcopy(alone)
+            resumed = lion.Lion(other.parameters(), **way)
+            set_optimizer_state_dict(other, resumed, loaded)
+            for p, q in zip(other.parameters(), alone.parameters(), strict=True):
+                assert_same_bits(resumed.state[p]["master_low"], expected.state[q]["master_low"])
+    # torch makes no state to load into where there are gradients.
+    optimizer.zero_grad()
+    again = lion.Lion(model.parameters(), **way)
+    from_first = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(model, again, states, options=from_first)
+    for key, p in model.named_parameters():
+        q = expected.state[alone.get_parameter(key)]["master_low"]
+        assert again.state[p]["master_low"].dtype == q.dtype
+        assert_same_bits(gathered(again.state[p]["master_low"]), q.int(), what=key)
 
 
 def fsdp2_and_float32() -> None:
@@ -161,6 +193,8 @@ def fsdp2_and_float32() -> None:
             for key, value in whole.items():
                 assert parts[key].placements == model.get_parameter(key).placements
                 assert_same_bits(parts[key].full_tensor(), value, what=f"{name}, {parallel}, {key}")
+            if not parallel and name in MASTERS:
+                gathers(model, optimizer, alone, expected)
             # What was taken out in shards goes in again.
             again = lion.Lion(model.parameters(), **way)
             exchange.load_float32_state_dict(model, again, parts)
@@ -257,7 +291,7 @@ def whole_state_into_shards() -> None:
         take_sharded(optimizer, params, range(2, 4))
         for p, q in zip(params, alone, strict=True):
             assert_same_bits(p.full_tensor(), q)
-            assert_same_bits(optimizer.state[p]["master_low"].full_tensor(), expected.state[q]["master_low"])
+            assert_same_bits(gathered(optimizer.state[p]["master_low"]), expected.state[q]["master_low"].int())
 
 
 def test_a_whole_state_loads_into_shards(forking):
