@@ -52,6 +52,27 @@ def is_dynamic(qmap: Tensor) -> bool:
     return True
 
 
+def renew(qmap: object) -> None:
+    """Write the map again into a tensor that held it and was set to zero unseen by torch, as through ``.data``.
+
+    Kernels go by the map that they have built in, so the codes beside it are codes of that one.
+
+    Args:
+        qmap: Whatever a state has in the place of a map.
+    """
+    if not isinstance(qmap, Tensor) or qmap.is_inference():
+        return
+    known = _found_equal.get(qmap)
+    if known is None or known != (qmap._version, qmap.data_ptr()):
+        return
+    some = qmap.any()
+    # Under torch's FakeTensorMode there is no answer.
+    if unaddressable(some) is None and not some:
+        with torch.no_grad():
+            qmap.copy_(constant(qmap.device))
+        _remember(qmap)
+
+
 def _remember(qmap: Tensor) -> None:
     if not qmap.is_inference() and unaddressable(qmap) is None:
         _found_equal[qmap] = qmap._version, qmap.data_ptr()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
+from lion import _dynamic_map
 from lion._backends import LossScale, for_device, forgotten_on_error
 from lion._memory import paging, sharding
 from lion._options import STATE_OPTIONS, WEIGHT_OPTIONS, check_algorithm, check_group, explains_keywords, shown
@@ -232,6 +233,7 @@ class Lion(Optimizer):
             A dict with the keys ``state``, by a parameter's number, and ``param_groups``; its tensors are the
             optimizer's own.
         """
+        self._renew_maps()
         saved = super().state_dict()
         # A hook of the program may have put anything in its place.
         if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
@@ -267,7 +269,13 @@ class Lion(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _renew_maps(self) -> None:
+        for state in self.state.values():
+            if isinstance(state, Mapping):
+                _dynamic_map.renew(state.get("qmap1"))
+
     def __getstate__(self) -> dict[str, Any]:
+        self._renew_maps()
         kept = ("_step_supports_amp_scaling",)
         return {**super().__getstate__(), **{key: vars(self)[key] for key in kept if key in vars(self)}}
 

@@ -92,6 +92,7 @@ def _fitting(state: State, p: Tensor, form: Form, name: str) -> State:
     if old is form.kind:
         new.update({key: state[key] for key in _MOMENTUM_KEYS[old]})
     else:
+        _dynamic_map.renew(state.get("qmap1"))
         new.update(quantized(momentum(state), form.kind))
     if form.clipped:
         new["gnorm_vec"] = state.get("gnorm_vec", empty_history(p.device))

@@ -292,3 +292,42 @@ def test_with_steps_in_backward(block_wise: bool) -> None:
     assert_same_bits(p, q)
     for key, value in optimizers[1].state[q].items():
         assert_same_bits(optimizers[0].state[p][key], value, what=key)
+
+
+@EIGHT_BIT
+@pytest.mark.parametrize("then", ["save and load", "copy", "to 32 bits", "steps"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_tensors_set_to_zero_unseen(block_wise: bool, then: str, steps: int) -> None:
+    """Through ``.data`` torch does not count it as a change."""
+    p, q = parameter(3000), parameter(3000)
+    optimizer, fresh = (lion.Lion([r], optim_bits=8, **OPTIONS, block_wise=block_wise) for r in (p, q))
+    set_gradients([p], 3)
+    optimizer.step()
+    with torch.no_grad():
+        q.copy_(p)
+    for tensor in optimizer.state[p].values():
+        tensor.data.zero_()
+    for seed in range(steps):
+        set_gradients([p], seed)
+        set_gradients([q], seed)
+        optimizer.step()
+        fresh.step()
+    if then == "save and load":
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer = lion.Lion([p], optim_bits=8, **OPTIONS, block_wise=block_wise)
+        optimizer.load_state_dict(saved)
+    elif then == "copy":
+        optimizer = copy.deepcopy(optimizer)
+        p = optimizer.param_groups[0]["params"][0]
+    elif then == "to 32 bits":
+        for one in (optimizer, fresh):
+            one.param_groups[0]["optim_bits"] = 32
+    for seed in range(4, 6):
+        set_gradients([p], seed)
+        set_gradients([q], seed)
+        optimizer.step()
+        fresh.step()
+    assert_same_bits(p, q)
+    optimizer.state_dict()
+    for key, value in fresh.state[q].items():
+        assert_same_bits(optimizer.state[p][key], value, what=key)
