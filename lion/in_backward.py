@@ -43,6 +43,7 @@ class StepInBackward:
             only after backward.
     """
 
+    @_disable_dynamo
     def __init__(self, optimizer: Lion) -> None:
         if not isinstance(optimizer, Lion):
             raise TypeError(f"Invalid optimizer: {type(optimizer).__name__}; one of this package is allowed")
@@ -122,6 +123,7 @@ class StepInBackward:
         stepper.state.clear()
         p.grad = None
 
+    @_disable_dynamo
     def remove(self) -> None:
         """End the steps in backward; the optimizer goes on with its own ``step``."""
         for hook in self._hooks:

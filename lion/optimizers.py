@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from lion import _dynamic_map
-from lion._backends import LossScale, for_device, forgotten_on_error
+from lion._backends import LossScale, StaleBatch, for_device, forgotten_on_error
 from lion._memory import paging, sharding
 from lion._options import STATE_OPTIONS, WEIGHT_OPTIONS, check_algorithm, check_group, explains_keywords, shown
 from lion._parameters import check_parameter, check_weights, parameter_name
@@ -324,7 +324,12 @@ class Lion(Optimizer):
             except Exception:
                 self._plans = tuple(kept for kept in self._plans if kept is not plan)
         plan = Plan(groups, self.state, manager.lookup(), signature, self._first_number)
-        prepared = plan.prepared(groups, params, self.state, shards)
+        try:
+            prepared = plan.prepared(groups, params, self.state, shards)
+        except StaleBatch:
+            raise ValueError(
+                "Invalid step: copies of its parameters or gradients have no memory, as under torch's FakeTensorMode"
+            ) from None
         self._keep(plan)
         return plan, prepared
 

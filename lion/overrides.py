@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from lion._memory import objects
 from lion._options import CHECKS, check_value, shown
@@ -91,6 +92,7 @@ class GlobalOptimManager:
             for p in members if isinstance(members, (list, tuple)) else [members]:
                 _check_tensor("params", p)
 
+    @_disable_dynamo
     def override_config(
         self,
         parameters: Tensor | Iterable[Tensor],

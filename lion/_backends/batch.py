@@ -166,13 +166,12 @@ class Batch:
             self.operands = [p.detach().contiguous() for p in operands]
             self.table[PARAM] = list(map(_data_ptr, self.operands))
         self.gradients = self._in_order(grads)
-        addresses = list(map(_data_ptr, self.gradients))
-        # Memory that a program took away: numbers that say so.
-        if 0 in addresses and any(size and not address for size, address in zip(self._sizes, addresses, strict=True)):
-            raise StaleBatch
-        self.table[GRAD] = addresses
+        self.table[GRAD] = list(map(_data_ptr, self.gradients))
         if numbers is not None:
             self.table[NUMBER] = numbers
+        # Memory that a program took away, and copies that have none.
+        if not self.table[[PARAM, GRAD]].all(where=self.table[SIZE] > 0):
+            raise StaleBatch
 
     def _params_fit(self, operands: Sequence[Tensor]) -> bool:
         if self._strides is not None:

@@ -152,6 +152,24 @@ def test_a_state_of_a_subclass_with_memory(make: Variant) -> None:
 
 
 @every_kind
+@pytest.mark.parametrize("percentile", [100, 50])
+@pytest.mark.parametrize("where", ["parameter", "gradient"])
+def test_a_later_step_in_fake_mode_whose_copies_are_no_memory(make: Variant, percentile: int, where: str) -> None:
+    """A parameter with gaps, or a gradient in another order, is copied, and a copy made there is a fake."""
+    values = torch.randn(60, 70, 2)[..., 0] if where == "parameter" else torch.randn(60, 70)
+    p = nn.Parameter(values)
+    optimizer = make([p], min_8bit_size=0, percentile_clipping=percentile)
+    p.grad = torch.randn(60, 70) if where == "parameter" else torch.randn(70, 60).t()
+    optimizer.step()
+    before = p.detach().clone()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="FakeTensorMode"):
+        optimizer.step()
+    assert_same_bits(p, before)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
+@every_kind
 def test_a_first_step_in_fake_mode(make: Variant) -> None:
     """Whatever is made then is fake; afterwards everything is as if it had not been tried."""
     p = parameter(700)
