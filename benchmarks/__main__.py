@@ -28,6 +28,7 @@ from benchmarks.peers import BETAS, LR, WEIGHT_DECAY, peers
 from benchmarks.remote import Remote
 from lion import Lion, Lion8bit
 from lion._cli import device_name, measure
+from lion._cli.check import WAYS_OF_KEEPING
 from lion._cli.measure import WORKLOADS, Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,15 +36,10 @@ DISTRIBUTIONS = (
     *("numba-lion", "torch", "numba", "numpy", "bitsandbytes", "bitsandbytes-cpu-fork", "lion-pytorch"),
     *("torch-optimi", "pytorch-optimizer", "timm", "flashoptim", "torchao"),
 )
-OURS = {
+Make = Callable[[list[nn.Parameter]], Any]
+OURS: dict[str, Make] = {
     "numba-lion Lion": partial(Lion, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY),
     "numba-lion Lion8bit": partial(Lion8bit, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, min_8bit_size=0),
-}
-# 16-bit weights that train, for bfloat16 alone; what they move more is not in the bounds.
-WAYS_OF_KEEPING: dict[str, dict[str, Any]] = {
-    "24 master bits": {"master_weight_bits": 24},
-    "32 master bits": {"master_weight_bits": 32},
-    "stochastic rounding": {"stochastic_rounding": True},
 }
 BOUNDS = {"bound, 32-bit state": 4, "bound, 8-bit state": 1}
 # How the contestants' steps compare: 8-bit states with 8-bit states, the rest with 32-bit Lion.
@@ -111,7 +107,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """Return one result per number of threads; on a GPU one, with 0 threads."""
     params = measure.make_params(workload, DTYPES[dtype], device)
-    makers: dict[str, Callable[[list[nn.Parameter]], Any]] = {**_ours(dtype), **peers()}
+    makers: dict[str, Make] = {**_ours(dtype), **peers()}
     steps = {name: measure.bound(params, itemsize) for name, itemsize in BOUNDS.items()}
     sizes: dict[str, dict[str, float]] = {}
     task = progress.add_task(f"{workload.title}, {dtype}: first steps", total=None)
@@ -152,8 +148,9 @@ def _measure(
     return results
 
 
-def _ours(dtype: str) -> dict[str, Callable[[list[nn.Parameter]], Any]]:
-    kept = {
+def _ours(dtype: str) -> dict[str, Make]:
+    """Return ours, for bfloat16 with the ways of keeping weights; the bounds leave out what master bits move."""
+    kept: dict[str, Make] = {
         f"{name}, {title}": partial(make, **options)
         for name, make in OURS.items()
         for title, options in WAYS_OF_KEEPING.items()

@@ -33,8 +33,14 @@ _MODULES = {
 }
 
 
+# Modules whose names work after `import lion` alone, as if it had imported them.
+_NAMED = ("in_backward", "optimizers", "overrides", "reference", "trainer")
+
+
 # What needs torch is imported when it is asked for: the specification and the kernels are read and run without it.
 def __getattr__(name: str) -> Any:
+    if name in _NAMED:
+        return import_module(f"lion.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'lion' has no attribute {name!r}")
     module = _MODULES.get(name, "optimizers")

@@ -16,6 +16,7 @@ from torch._compile import _disable_dynamo
 
 from lion import _dynamic_map, reference
 from lion._backends import DTYPES, for_device
+from lion._memory.addresses import unaddressable
 from lion._options import flag, integer, shown
 
 BLOCK_SIZES = tuple(2**i for i in range(6, 17))
@@ -227,6 +228,9 @@ def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) ->
         raise TypeError(f"Invalid {name}: {found}; a dense tensor is needed")
     if tensor.dtype not in allowed:
         raise TypeError(f"Invalid {name}: {tensor.dtype}; {', '.join(map(str, allowed))} allowed")
+    # What has the negative bit is copied, or refused as a buffer.
+    if reason := unaddressable(tensor._neg_view() if tensor.is_neg() else tensor):
+        raise ValueError(f"Invalid {name}: {reason}")
 
 
 def _check_buffer(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
@@ -238,3 +242,5 @@ def _check_buffer(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
             f"Invalid {name}: shape {tuple(tensor.shape)} on {tensor.device}; "
             f"contiguous of shape {shape} on {device} is needed"
         )
+    if reason := unaddressable(tensor):
+        raise ValueError(f"Invalid {name}: {reason}")

@@ -233,9 +233,11 @@ class Lion(Optimizer):
             optimizer's own.
         """
         saved = super().state_dict()
+        # A hook of the program may have put anything in its place.
+        if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
+            return saved
         states = {key: for_communication(state) for key, state in saved["state"].items()}
-        groups = [python_numbers(group) for group in saved["param_groups"]]
-        return {**saved, "state": states, "param_groups": groups}
+        return {**saved, "state": states, "param_groups": python_numbers(saved["param_groups"])}
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

@@ -213,13 +213,18 @@ def _parameters_behind(module: nn.Module, name: str) -> list[Tensor]:
     """
     while "_orig_mod" in module._modules:  # what torch.compile wraps
         module = module._modules["_orig_mod"]  # type: ignore[assignment]
-    own = module._parameters
-    lists: Any = module._modules.get("parametrizations") or {}
-    if name in own or name not in lists:
-        found = [own.get(name)] if name in own else [own.get(name + end) for end in ("_orig", "_g", "_v")]
-    else:
-        found = list(lists[name]._parameters.values())
-    return [p for p in found if p is not None]
+    own: Any = module._parameters
+    lists: Any = module._modules["parametrizations"] if "parametrizations" in module._modules else {}
+    if name in own:
+        return [] if own[name] is None else [own[name]]
+    if name in lists:
+        return [p for p in lists[name]._parameters.values() if p is not None]
+    # What one of them keeps under a longer name another may compute, under a name that is longer still.
+    longer = [name + end for end in ("_orig", "_g", "_v")]
+    known = [*own.keys(), *lists]
+    return [
+        p for start in longer if any(key.startswith(start) for key in known) for p in _parameters_behind(module, start)
+    ]
 
 
 def _checked(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -195,7 +195,8 @@ def _in_words(result: dict[str, Any]) -> str:
     if "difference" in result:
         return result["difference"] or f"{sum(r['values'] for r in result['results']):,} values are the reference's"
     if "runs" in result:
-        return f"{sum(len(run['rows']) for run in result['runs'])} timings"
+        skipped = f"; not measured: {', '.join(result['skipped'])}" if result["skipped"] else ""
+        return f"{sum(len(run['rows']) for run in result['runs'])} timings{skipped}"
     if "rows" in result:
         return f"{len(result['rows'])} timings"
     return str(result["machine"])

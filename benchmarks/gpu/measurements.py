@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.__main__ import WAYS_OF_KEEPING, machine
+from benchmarks.__main__ import machine
 from benchmarks.gpu.variants import VARIANTS
 from benchmarks.peers import BETAS, LR, WEIGHT_DECAY
 from lion import Lion, Lion8bit, PagedLion8bit
 from lion._cli import measure, overview
+from lion._cli.check import WAYS_OF_KEEPING
 from lion._cli.measure import Workload
 
 Row = dict[str, Any]
@@ -99,7 +100,7 @@ def _contestant(params: list[nn.Parameter], kind: Kind) -> Contestant:
 def _hash(tensors: list[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().reshape(-1)[:HASHED].cpu().view(torch.uint8).numpy())
+        digest.update(tensor.detach().reshape(-1)[:HASHED].cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -46,7 +46,7 @@ _SMALL = ["--sizes", "600", "--dtypes", "bfloat16", "--threads", "1", "--rounds"
 
 PARTS = (
     _measurement("card", "versions and the card", 60),
-    Part("check", 150, ["-m", "lion", "check", "--json"], "stdout"),
+    Part("check", 180, ["-m", "lion", "check", "--json"], "stdout"),
     _tests("tests/gpu", 120, workers=8),
     # One process: it looks at how much memory is free.
     _tests("tests/paging/test_gpu.py", 60),

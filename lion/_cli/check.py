@@ -30,6 +30,7 @@ from lion._backends import DTYPES, as_numpy, use_backend
 from lion._cli import add_json, device_name, print_json, progress_bars
 from lion.optimizers import Lion
 from lion.reference.clipping import HISTORY
+from lion.reference.rounding import LOW_DTYPES, Weights
 
 EXAMPLES = """\
 python -m lion check
@@ -113,8 +114,9 @@ def run(options: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     difference = None
     with progress_bars() as progress:
-        bar = progress.add_task("", total=len(targets) * len(CHECKS) * len(DTYPES))
-        for target, feature, dtype in ((t, f, d) for t in targets for f in CHECKS for d in DTYPES):
+        cells = [(feature, dtype) for feature in CHECKS for dtype in DTYPES if _takes(feature, dtype)]
+        bar = progress.add_task("", total=len(targets) * len(cells))
+        for target, (feature, dtype) in ((target, cell) for target in targets for cell in cells):
             progress.update(bar, description=f"{target.name}, {feature}, {DTYPES[dtype]}")
             result: dict[str, Any] = {"device": target.name, "feature": feature, "dtype": DTYPES[dtype]}
             results.append(result)
@@ -135,6 +137,10 @@ def run(options: argparse.Namespace) -> int:
         if difference:
             Console(stderr=True).print(difference, style="red", markup=False, highlight=False, soft_wrap=True)
     return 1 if difference else 0
+
+
+def _takes(feature: str, dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 or not feature.endswith(tuple(WAYS_OF_KEEPING))
 
 
 def _targets(simulator: bool) -> list[Target]:
@@ -209,8 +215,12 @@ _RECIPES = (_normal, _any_bits, _denormal, _special)
 class _Copy:
     """A parameter on the device, at an odd offset in a larger buffer, and its copy that the reference moves."""
 
-    def __init__(self, target: Target, values: Array, offset: int, dtype: torch.dtype) -> None:
-        self.expected = values
+    def __init__(
+        self, target: Target, values: Array, number: int, dtype: torch.dtype, master_bits: int | None, seed: int | None
+    ) -> None:
+        self.expected, self.number, self.seed = values, number, seed
+        self.low = None if master_bits is None else np.zeros(values.size, LOW_DTYPES[master_bits])
+        offset = number % _PADDING
         self.buffers = [torch.ones(values.size + _PADDING, dtype=dtype, device=target.device) for _ in range(2)]
         param, self.gradient = (buffer[offset : offset + values.size] for buffer in self.buffers)
         param.copy_(_tensor(values, dtype))
@@ -227,6 +237,11 @@ class _Copy:
         self.momentum = np.full(self.expected.size, np.flatnonzero(_QMAP == 0)[0], np.uint8)
         self.absmax = np.zeros(blocks, np.float32)
 
+    def _weights(self) -> Weights:
+        if self.low is not None:
+            return reference.Master(self.low)
+        return None if self.seed is None else reference.Stochastic(self.seed, self.steps, self.number)
+
     def step(
         self, grad: Array, k: reference.Coefficients, absmax_key: str, percentile: int, inv_scale: np.float32
     ) -> None:
@@ -238,14 +253,17 @@ class _Copy:
             norm = reference.squared_norm(grad, inv_scale)
             self.history, _, _, scale = reference.percentile_clipping(self.history, norm, self.steps, percentile)
         if not absmax_key:
-            self.expected, self.momentum = reference.update_32bit(
-                self.expected, grad, self.momentum, k, scale, inv_scale
+            self.expected, self.momentum, *low = reference.update_32bit(
+                self.expected, grad, self.momentum, k, scale, inv_scale, self._weights()
             )
-            return
-        update = reference.update_8bit_blockwise if absmax_key == "absmax1" else reference.update_8bit_tensorwise
-        self.expected, self.momentum, self.absmax = update(
-            self.expected, grad, self.momentum, self.absmax, _QMAP, k, scale, inv_scale=inv_scale
-        )
+        else:
+            update = reference.update_8bit_blockwise if absmax_key == "absmax1" else reference.update_8bit_tensorwise
+            more: dict[str, Any] = {"inv_scale": inv_scale, "weights": self._weights()}
+            self.expected, self.momentum, self.absmax, *low = update(
+                self.expected, grad, self.momentum, self.absmax, _QMAP, k, scale, **more
+            )
+        if low:
+            self.low = low[0]
 
     def compare(self, what: str, state: dict[str, Tensor], grad: Array, absmax_key: str) -> Iterator[int]:
         """Compare everything that the step may have changed, and what it may not."""
@@ -253,6 +271,8 @@ class _Copy:
         yield _compare(f"{what}, state1", state["state1"], self.momentum)
         if absmax_key:
             yield _compare(f"{what}, {absmax_key}", state[absmax_key], self.absmax, block_size=1)
+        if self.low is not None:
+            yield _compare(f"{what}, master_low", state["master_low"], self.low)
         if "gnorm_vec" in state:
             yield _compare(f"{what}, gnorm_vec", state["gnorm_vec"], self.history)
         yield _compare(f"{what}, step", state["step"], np.float32(self.steps))
@@ -293,7 +313,8 @@ def _follow(
     hyper = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0, **options}
     k = reference.coefficients(hyper["lr"], hyper["betas"], hyper["weight_decay"])
     absmax_key = "" if options["optim_bits"] == 32 else "absmax1" if options.get("block_wise", True) else "max1"
-    copies = [_Copy(target, make(0, n), i % _PADDING, dtype) for i, (n, make) in enumerate(members)]
+    master_bits, seed = options.get("master_weight_bits"), options.get("rounding_seed")
+    copies = [_Copy(target, make(0, n), i, dtype, master_bits, seed) for i, (n, make) in enumerate(members)]
     for (n, _), copy in zip(members, copies, strict=True):
         if absmax_key:
             copy.begin_8bit(1 if absmax_key == "max1" else -(-n // reference.BLOCK_SIZE))
@@ -399,21 +420,38 @@ def _norms(target: Target, dtype: torch.dtype) -> Iterator[int]:
             yield _compare(f"step {step}, {n} elements, gnorm_vec", gnorm_vec, history)
 
 
+# How bfloat16 weights can be kept besides rounded to nearest.
+WAYS_OF_KEEPING: dict[str, dict[str, Any]] = {
+    "24 master bits": {"master_weight_bits": 24},
+    "32 master bits": {"master_weight_bits": 32},
+    "stochastic rounding": {"stochastic_rounding": True, "rounding_seed": 2**63 + 1},
+}
+
+
+def _kept(name: str, **options: Any) -> dict[str, Check]:
+    """Return a check of each way of keeping 16-bit weights."""
+    ways = WAYS_OF_KEEPING.items()
+    return {f"{name}, {title}": _update(weight_decay=0.1, **way, **options) for title, way in ways}
+
+
 CHECKS: dict[str, Check] = {
     "32-bit": _update(optim_bits=32),
     "32-bit, weight decay": _update(optim_bits=32, weight_decay=0.1),
     "32-bit, percentile clipping": _clipped(optim_bits=32),
     "32-bit, scaled loss": _update(optim_bits=32, loss_scale=1536.0),
+    **_kept("32-bit", optim_bits=32),
     "8-bit blockwise": _update(optim_bits=8),
     "8-bit blockwise, weight decay": _update(optim_bits=8, weight_decay=0.1),
     "8-bit blockwise, percentile clipping": _clipped(optim_bits=8),
     "8-bit blockwise, scaled loss": _update(optim_bits=8, loss_scale=1536.0),
     "8-bit blockwise, scaled loss, clipping": _clipped(optim_bits=8, loss_scale=1536.0),
     "8-bit blockwise, paged": _paged,
+    **_kept("8-bit blockwise", optim_bits=8),
     "8-bit tensor-wise": _update(optim_bits=8, block_wise=False),
     "8-bit tensor-wise, weight decay": _update(optim_bits=8, block_wise=False, weight_decay=0.1),
     "8-bit tensor-wise, percentile clipping": _clipped(optim_bits=8, block_wise=False),
     "8-bit tensor-wise, scaled loss": _update(optim_bits=8, block_wise=False, loss_scale=1536.0),
+    **_kept("8-bit tensor-wise", optim_bits=8, block_wise=False),
     "functional.quantize_blockwise": _quantize,
     "functional.dequantize_blockwise": _dequantize,
     "functional.percentile_clipping": _norms,

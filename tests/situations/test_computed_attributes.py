@@ -16,6 +16,7 @@ from tests.comparing import assert_same_bits
 from tests.optimizers.support import set_gradients
 
 OPTIONS = {"optim_bits": 32, "lr": 0.5}
+LIST = "parametrizations.weight_orig"
 
 
 class Doubled(nn.Module):
@@ -44,9 +45,9 @@ class Tied(nn.Linear):
         return self.weight.norm()
 
 
-def parametrized(module: nn.Module, *made: nn.Module) -> nn.Module:
+def parametrized(module: nn.Module, *made: nn.Module, name: str = "weight") -> nn.Module:
     for parametrization in made:
-        parametrize.register_parametrization(module, "weight", parametrization)
+        parametrize.register_parametrization(module, name, parametrization)
     return module
 
 
@@ -118,6 +119,28 @@ def test_it_stays_when_the_computation_is_removed(remove: Callable[[nn.Module], 
     model = old(remove.__name__.removeprefix("remove_"))(nn.Linear(80, 80))
     lion.GlobalOptimManager.get_instance().register_module_override(model, "weight", OPTIONS)
     remove(model)
+    check_override(model, ("weight",))
+
+
+def test_what_is_behind_may_be_computed_too() -> None:
+    for apply, names in (
+        (lambda m: prune.identity(old("weight_norm")(m), "weight_v"), ("weight_g", "weight_v_orig")),
+        (lambda m: nn.utils.spectral_norm(old("weight_norm")(m), "weight_v"), ("weight_g", "weight_v_orig")),
+        (lambda m: parametrized(prune.identity(m, "weight"), Doubled(), name="weight_orig"), (f"{LIST}.original",)),
+    ):
+        model = nn.Linear(80, 80)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            apply(model)
+        lion.GlobalOptimManager.get_instance().register_module_override(model, "weight", OPTIONS)
+        check_override(model, names)
+
+
+def test_a_scripted_module() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = torch.jit.script(nn.Linear(80, 80))
+    lion.GlobalOptimManager.get_instance().register_module_override(model, "weight", OPTIONS)
     check_override(model, ("weight",))
 
 

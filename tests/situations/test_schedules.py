@@ -240,3 +240,15 @@ def test_options_of_numpy_are_saved_as_numbers() -> None:
         **{"percentile_clipping": 5, "is_paged": False},
         **{"master_weight_bits": None, "stochastic_rounding": False, "rounding_seed": 0},
     }
+
+
+def test_a_hook_may_return_anything_as_the_state_dict() -> None:
+    p = parameter(5)
+    optimizer = lion.Lion([p])
+    optimizer.param_groups[0]["lr"] = np.float64(0.5)
+    handle = optimizer.register_state_dict_post_hook(lambda _, saved: {"optimizer": saved, "format": 2})
+    assert optimizer.state_dict().keys() == {"optimizer", "format"}
+    handle.remove()
+    optimizer.register_state_dict_post_hook(lambda _, saved: {**saved, "format": 2})
+    saved = optimizer.state_dict()
+    assert saved["format"] == 2 and type(saved["param_groups"][0]["lr"]) is float

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lion
+from lion import functional
 from lion._memory import paging
 from lion._memory.addresses import unaddressable
+from tests.comparing import assert_same_bits
 from tests.optimizers.support import KINDS, QMAP, ByHand, Variant, every_kind, follow, parameter, set_gradients
 
 OPTIONS = {"min_8bit_size": 0, "percentile_clipping": 50}
@@ -194,3 +196,44 @@ def test_a_first_step_of_a_process_in_fake_mode(cls: str, kwargs: str) -> None:
         [sys.executable, "-c", FIRST_OF_ALL.format(cls=cls, kwargs=kwargs)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+CODES = torch.zeros(5000, dtype=torch.uint8)
+FUNCTIONS: dict[str, Callable[[Callable[[Tensor], Tensor]], object]] = {
+    "A": lambda make: functional.quantize_blockwise(make(torch.ones(5000))),
+    "code": lambda make: functional.quantize_blockwise(torch.ones(5000), make(functional.create_dynamic_map())),
+    "absmax": lambda make: functional.quantize_blockwise(torch.ones(5000), absmax=make(torch.ones(2))),
+    "out": lambda make: functional.quantize_blockwise(torch.ones(5000), out=make(CODES.clone())),
+    "codes": lambda make: functional.dequantize_blockwise(make(CODES.clone()), absmax=torch.ones(2)),
+    "absmax of codes": lambda make: functional.dequantize_blockwise(CODES, absmax=make(torch.ones(2))),
+    "out of codes": lambda make: functional.dequantize_blockwise(
+        CODES, absmax=torch.ones(2), out=make(torch.ones(5000))
+    ),
+    "grad": lambda make: functional.percentile_clipping(make(torch.ones(5000)), torch.zeros(100), 1),
+    "gnorm_vec": lambda make: functional.percentile_clipping(torch.ones(5000), make(torch.zeros(100)), 1),
+}
+
+
+@pytest.mark.parametrize("make", [make for make, _ in STANDING_FOR.values()], ids=STANDING_FOR.keys())
+@pytest.mark.parametrize("argument", FUNCTIONS)
+def test_functions_refuse_it_by_the_argument(argument: str, make: Callable[[Tensor], Tensor]) -> None:
+    name = {"codes": "A", "absmax of codes": "absmax", "out of codes": "out"}.get(argument, argument)
+    with pytest.raises((TypeError, ValueError), match=f"Invalid {name}: "):
+        FUNCTIONS[argument](make)
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad, torch.func.functionalize])
+def test_functions_within_a_transform(transform: Any) -> None:
+    with pytest.raises(ValueError, match="Invalid A: "):
+        transform(lambda values: functional.quantize_blockwise(values)[0].sum())(torch.ones(2, 300))
+
+
+def test_functions_in_fake_mode() -> None:
+    values = torch.ones(5000)
+    codes, quantized = functional.quantize_blockwise(values)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(ValueError, match="Invalid out: "):
+            functional.quantize_blockwise(values)
+        with pytest.raises(ValueError, match="Invalid out: "):
+            functional.dequantize_blockwise(codes, quantized)
+    assert_same_bits(functional.dequantize_blockwise(codes, quantized), values)
