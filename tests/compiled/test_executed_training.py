@@ -47,7 +47,9 @@ class ExecutedBackend(CudaBackend):
         memory = self.batch.device_memory
         states = [tensor for state in self.batch.states for tensor in state.values()]
         writable = [*self.batch.operands, *states, memory.scales, memory.partials, memory.squared_norms]
-        fixed = [*self.batch.gradients, *memory.works, memory.tables, memory._loss_scale]
+        fixed = [*self.batch.gradients, *memory.works, memory._loss_scale]
+        # Rounding at random counts in a table which blocks of threads have read the step.
+        (writable if self.batch.weights.seed is not None else fixed).append(memory.tables)
         fixed.append(cuda_backend._lookup(torch.device("cpu")))
         for tensor in writable:
             ptxrun.register(to_numpy(tensor).reshape(-1).view(np.uint8))
