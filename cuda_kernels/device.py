@@ -211,6 +211,17 @@ def wrapping_add(builder: Any, a: Any, b: Any) -> Any:
     return builder.add(a, b)
 
 
+def _add_or_zero_twin(a: Any, b: Any) -> Any:
+    return np.uint32(max(int(np.uint32((int(a) + int(b)) & 0xFFFFFFFF).astype(np.int32)), 0))
+
+
+@_intrinsic(_u32(_u32, _u32), _add_or_zero_twin)
+def add_or_zero(builder: Any, a: Any, b: Any) -> Any:
+    """Return ``a + b`` modulo 2**32, or 0 where that is negative as an int32: one instruction from 9.0 on."""
+    total, zero = builder.add(a, b), ir.Constant(_I32, 0)
+    return builder.select(builder.icmp_signed(">", total, zero), total, zero)
+
+
 def _ordered_twin(pattern: Any) -> Any:
     return np.uint32(pattern ^ np.uint32(0x7FFFFFFF)) if pattern >> np.uint32(31) else np.uint32(pattern)
 

@@ -9,6 +9,7 @@ from numba import uint32
 
 from lion.cuda_kernels.device import (
     add,
+    add_or_zero,
     device,
     from_bits,
     high_halves,
@@ -45,7 +46,7 @@ from lion.reference.rounding import (
     STOCHASTIC,
 )
 
-MAGNITUDE = np.uint32(0x7FFFFFFF)
+MAGNITUDE, SIGN = np.uint32(0x7FFFFFFF), np.uint32(0x80000000)
 ONE_HALF = np.uint32(0x8000)
 LOW_HALF_SIGNS, LOW_BYTE_SIGNS = np.uint32(0x80008000), np.uint32(0x80808080)
 MULTIPLIERS = np.uint32(PHILOX_MULTIPLIERS[0]), np.uint32(PHILOX_MULTIPLIERS[1])
@@ -129,9 +130,9 @@ def rounded(weights: int, pattern: np.uint32) -> np.uint32:
 
 @device
 def joined(high: np.uint32, low: np.uint32) -> np.float32:
-    """Return a master value; a negative lower part of ±0, which turns the sign, counts as 0."""
-    pattern = wrapping_add(high, low)
-    return from_bits(high if uint32(pattern ^ high) > MAGNITUDE else pattern)
+    """Return a master value; a negative lower part of ±0, where the magnitude would be below 0, counts as 0."""
+    magnitude = add_or_zero(uint32(high & MAGNITUDE), low)
+    return from_bits(uint32(uint32(high & SIGN) | magnitude))
 
 
 @device
