@@ -239,7 +239,10 @@ class Lion(Optimizer):
         if not isinstance(saved, dict) or not {"state", "param_groups"} <= saved.keys():
             return saved
         states = {key: for_communication(state) for key, state in saved["state"].items()}
-        return {**saved, "state": states, "param_groups": python_numbers(saved["param_groups"])}
+        groups = saved["param_groups"]
+        if isinstance(groups, list):
+            groups = list(map(python_numbers, groups))
+        return {**saved, "state": states, "param_groups": groups}
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

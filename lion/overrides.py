@@ -92,7 +92,6 @@ class GlobalOptimManager:
             for p in members if isinstance(members, (list, tuple)) else [members]:
                 _check_tensor("params", p)
 
-    @_disable_dynamo
     def override_config(
         self,
         parameters: Tensor | Iterable[Tensor],
@@ -160,6 +159,8 @@ class GlobalOptimManager:
         self._modules.append((weakref.ref(module), param_name, _checked(config)))
         self.version = object()
 
+    # A mark is put among the attributes of a tensor, which torch.compile cannot trace.
+    @_disable_dynamo
     def _merge(self, p: Tensor, config: dict[str, Any]) -> None:
         # Without its old mark, which must not report that a new one takes its place.
         before = self._configs.pop(id(p), None)

@@ -64,12 +64,19 @@ def converted(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 
 def python_numbers(value: Any) -> Any:
     """Return a value of a group with Python's numbers for NumPy's, which ``torch.load`` does not read by default."""
+    try:
+        return _python_numbers(value)
+    except RecursionError:  # it contains itself
+        return value
+
+
+def _python_numbers(value: Any) -> Any:
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         return value.item()
     if type(value) in (list, tuple):
-        return type(value)(map(python_numbers, value))
+        return type(value)(map(_python_numbers, value))
     if type(value) is dict:
-        return {key: python_numbers(item) for key, item in value.items()}
+        return {key: _python_numbers(item) for key, item in value.items()}
     return value
 
 

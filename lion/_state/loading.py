@@ -84,8 +84,15 @@ def moved(value: Any, device: torch.device | None, name: str) -> Any:
         name: What to call it in an error.
 
     Raises:
-        ValueError: If a tensor cannot be copied.
+        ValueError: If a tensor cannot be copied, or the entry contains itself.
     """
+    try:
+        return _moved(value, device, name)
+    except RecursionError:
+        raise ValueError(f"Invalid state of {name} contains itself, or is nested too deeply") from None
+
+
+def _moved(value: Any, device: torch.device | None, name: str) -> Any:
     if isinstance(value, Tensor):
         try:
             return value.detach().to(device or value.device, copy=True)
@@ -93,10 +100,10 @@ def moved(value: Any, device: torch.device | None, name: str) -> Any:
             raise ValueError(f"Invalid state of {name} cannot be copied to {device}: {error}") from error
     if isinstance(value, dict):
         new = copy(value)
-        new.update({key: moved(item, device, name) for key, item in value.items()})
+        new.update({key: _moved(item, device, name) for key, item in value.items()})
         return new
     if isinstance(value, (list, tuple, set, frozenset)):
-        items = [moved(item, device, name) for item in value]
+        items = [_moved(item, device, name) for item in value]
         return value._make(items) if hasattr(value, "_make") else type(value)(items)
     return value
 

@@ -343,3 +343,21 @@ def test_lookahead_goes_on_after_a_checkpoint(make: Variant) -> None:
     assert_same_bits(p, q)
     for key, value in optimizer.state[p].items():
         assert_same_bits(resumed.state[q][key], value, what=key)
+
+
+@every_kind
+def test_an_entry_that_contains_itself(make: Variant) -> None:
+    """It lives beside a state and in a group, and is refused by name where it would have to be copied."""
+    p = parameter(300)
+    optimizer = stepped(make, p)
+    entry: list[Any] = []
+    entry.append(entry)
+    optimizer.state[p]["mine"] = optimizer.param_groups[0]["mine"] = entry
+    set_gradients([p], 1)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    before = p.detach().clone()
+    with pytest.raises(ValueError, match="'mine' contains itself"):
+        optimizer.load_state_dict(saved)
+    assert_same_bits(p, before)
+    assert optimizer.state[p]["mine"] is entry
