@@ -118,8 +118,8 @@ def main() -> None:
     print("instruction in eight elements, a move between pairs of registers that the assembler adds. On a B200 the")
     print("8-bit updates of 2-byte elements exceed the budget of 28 (block-wise 34.2, tensor-wise 30.0): there they")
     print("are bound by instructions.")
-    print("\nOn 9.0, 16-bit weights take 44.5 (24 master bits), 42.4 (32) and 44.4 (stochastic) instructions in the")
-    print("block-wise 8-bit update, and 27.6, 25.9 and 27.0 in the 32-bit one: on an H100 all are bound by memory.")
+    print("\nOn 9.0, 16-bit weights take 43.4 (24 master bits), 41.3 (32) and 44.4 (stochastic) instructions in the")
+    print("block-wise 8-bit update, and 26.3, 24.5 and 27.0 in the 32-bit one: on an H100 all are bound by memory.")
 
 
 if __name__ == "__main__":
