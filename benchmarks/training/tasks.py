@@ -22,10 +22,10 @@ class Task(NamedTuple):
         make_model: Returns the model on the CPU with float32 weights; random ones come from torch's global generator.
         loss: Returns the loss of a model on a batch, a tensor without dimensions.
         batches: Returns training batches for a seed, a count of batches and a number of examples in each.
-        held_out: Batches that the loss is evaluated on.
+        held_out: Batches of equal size that the loss and the metric are evaluated on.
         tokens: Tokens, or whatever is counted, of an example.
         rate: A usual learning rate of AdamW for it: the search begins around it.
-        metric: Returns a figure of merit of a trained model besides the loss, such as its accuracy (default: none).
+        metric: Returns a figure of merit besides the loss, such as the accuracy on a batch (default: none).
     """
 
     make_model: Callable[[], nn.Module]
@@ -34,7 +34,7 @@ class Task(NamedTuple):
     held_out: list[Any]
     tokens: int
     rate: float
-    metric: Callable[[nn.Module], float] | None = None
+    metric: Callable[[nn.Module, Any], Tensor] | None = None
 
 
 class Size(NamedTuple):

@@ -86,17 +86,21 @@ class Training:
         return self.now() - begin, end - middle
 
     def loss(self, batch: Any) -> Tensor:
-        """Return the loss, computed in bfloat16."""
+        """Return the loss of a batch."""
+        return self.computed(self.task.loss, batch)
+
+    def computed(self, function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+        """Return a function of the model and a batch, computed in bfloat16."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.float32):
-            return self.task.loss(self.model, moved(batch, self.device))
+            return function(self.model, moved(batch, self.device))
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """Return the mean loss of the held-out batches."""
+    def held_out(self, function: Callable[[nn.Module, Any], Tensor]) -> float:
+        """Return the mean of a function over the held-out batches."""
         self.model.eval()
-        loss = statistics.fmean(self.loss(batch).item() for batch in self.task.held_out)
+        mean = statistics.fmean(self.computed(function, batch).item() for batch in self.task.held_out)
         self.model.train()
-        return loss
+        return mean
 
     def now(self) -> float:
         """Return the time, after what the device has to do still."""
@@ -116,18 +120,18 @@ def train(training: Training, job: Job, show: Callable[[str], None]) -> dict[str
     """Return the course of the held-out loss, and the metric; where training diverges it ends, with None for them."""
     # Of a search only the end is asked for.
     evaluations = EVALUATIONS if job.kind == "training" else 1
-    curve = [(0, training.held_out_loss())] if job.kind == "training" else []
+    curve = [(0, training.held_out(training.task.loss))] if job.kind == "training" else []
     for step, batch in enumerate(training.task.batches(job.seed, job.steps, job.batch_size), start=1):
         training.step(batch)
         if step * evaluations // job.steps > (step - 1) * evaluations // job.steps:
-            curve.append((step, training.held_out_loss()))
+            curve.append((step, training.held_out(training.task.loss)))
             show(f"{step} of {job.steps} steps, held-out loss {curve[-1][1]:.4f}")
             if not math.isfinite(curve[-1][1]):
                 break
     loss, metric = curve[-1][1], training.task.metric
     if not math.isfinite(loss):
         return {"curve": curve[:-1], "loss": None, "metric": None}
-    return {"curve": curve, "loss": loss, "metric": metric and metric(training.model)}
+    return {"curve": curve, "loss": loss, "metric": metric and training.held_out(metric)}
 
 
 def times(training: Training, job: Job) -> dict[str, Any]:
