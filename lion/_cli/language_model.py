@@ -55,10 +55,6 @@ class Transformer(nn.Module):
         for p in (self.tokens.weight, self.places.weight):
             nn.init.normal_(p, std=0.3)
         with torch.no_grad():
-            for block in self.blocks:
-                # What is added to the sum of all blocks is as large for many blocks as for two.
-                for linear in (block.out, block.feed_forward[-1]):
-                    linear.weight.mul_((2 / shape.layers) ** 0.5)
             for p in self.parameters():
                 p.copy_(p.bfloat16())  # so that weights of 16 bits begin where those of 32 do
 
@@ -82,7 +78,12 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        last = nn.Linear(4 * width, width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), last)
+        with torch.no_grad():
+            for linear in (self.out, last):
+                # The sum of what many blocks add is as large as that of two.
+                linear.weight.mul_((2 / shape.layers) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output: (batch, context, width) -> the same."""
