@@ -20,8 +20,12 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_reredirects",
 ]
 exclude_patterns = ["_build", "_diagrams", "**.ipynb_checkpoints"]
+
+# Old addresses lead to the pages that took over.
+redirects = {"faq": "troubleshooting.html"}
 
 html_theme = "furo"
 html_title = "numba-lion"

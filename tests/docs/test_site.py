@@ -47,7 +47,7 @@ def pages() -> dict[Path, Page]:
 
 def test_pages_are_there(pages: dict[Path, Page]) -> None:
     names = {path.name for path in pages}
-    assert {"index.html", "eight-bits.html", "lion.html", "faq.html", "search.html"} <= names
+    assert {"index.html", "eight-bits.html", "lion.html", "troubleshooting.html", "search.html"} <= names
 
 
 def test_links_lead_somewhere(pages: dict[Path, Page]) -> None:
