@@ -268,11 +268,7 @@ def test_unknown_argument(cls, name):
         cls([parameter(2)], **{name: 1})
 
 
-@pytest.mark.parametrize(
-    ("cls", "place"),
-    [(lion.Lion, 7), (lion.Lion8bit, 6), (lion.Lion32bit, 6)],
-    ids=lambda case: getattr(case, "__name__", ""),
-)
+@pytest.mark.parametrize(("cls", "place"), [(lion.Lion, 7), (lion.Lion8bit, 6), (lion.Lion32bit, 6)])
 def test_is_paged_at_its_place_in_bitsandbytes(cls, place):
     arguments = list(inspect.signature(cls).parameters.values())
     given = [[parameter(2)], *(argument.default for argument in arguments[1:place]), True]
@@ -280,10 +276,11 @@ def test_is_paged_at_its_place_in_bitsandbytes(cls, place):
         cls(*given)
 
 
+MODELS = [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2).parameters]
+
+
 @every_class
-@pytest.mark.parametrize(
-    "model", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2).parameters], ids=str
-)
+@pytest.mark.parametrize("model", MODELS, ids=["module", "iterable module", "method"])
 def test_a_model_instead_of_its_parameters(cls, model):
     name = type(model).__name__
     for params in (model, [{"params": model}]):
