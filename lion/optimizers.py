@@ -6,22 +6,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from lion import _dynamic_map
 from lion._backends import LossScale, StaleBatch, for_device, forgotten_on_error
 from lion._memory import paging, sharding
-from lion._options import STATE_OPTIONS, WEIGHT_OPTIONS, check_algorithm, check_group, explains_keywords, shown
+from lion._options import (
+    STATE_OPTIONS,
+    WEIGHT_OPTIONS,
+    check_algorithm,
+    check_args,
+    check_group,
+    explains_keywords,
+    flag,
+    warn_of_misspelled,
+)
 from lion._parameters import check_parameter, check_weights, parameter_name
 from lion._plan import Plan, Prepared
 from lion._state import converted, for_communication, form_of, placed, python_numbers
 from lion.overrides import GlobalOptimManager
 
 _KEPT_PLANS = 4
-# What bitsandbytes reads from `args` besides the options here; its other optimizers use them.
-_ARGS_OF_OTHERS = ("max_unorm", "skip_zeros")
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -106,11 +113,8 @@ class Lion(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
         }
-        if isinstance(args, Mapping):
-            raise TypeError(f"Invalid args: {shown(args)}; an object with attributes is allowed, not a dict")
-        check_algorithm({key: getattr(args, key) for key in _ARGS_OF_OTHERS if hasattr(args, key)})
-        defaults.update((key, getattr(args, key)) for key in STATE_OPTIONS if hasattr(args, key))
-        super().__init__(params, check_group(defaults))
+        _check_no_model(params)
+        super().__init__(params, check_group({**defaults, **check_args(args)}))
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -125,6 +129,8 @@ class Lion(Optimizer):
         """
         if isinstance(param_group, dict) and "params" not in param_group:
             raise ValueError("Invalid parameter group: the key 'params' is missing")
+        if isinstance(param_group, dict):
+            _check_no_model(param_group["params"])
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -139,11 +145,32 @@ class Lion(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        warn_of_misspelled(group, len(self.param_groups) - 1)
         self._leave_unscaling_to_fsdp1()
+
+    @property
+    def unscales_in_step(self) -> bool:
+        """Whether :meth:`step` unscales the gradients that a ``torch.amp.GradScaler`` has scaled (default: True).
+
+        Set it to False to leave that to the scaler, which then divides the gradients themselves, as for most other
+        optimizers: for programs that look at unscaled gradients, or that refuse optimizers which unscale them. Copies
+        and pickles keep it. With FSDP1 it is False, and stays so.
+        """
+        return self._step_supports_amp_scaling
+
+    @unscales_in_step.setter
+    def unscales_in_step(self, value: bool) -> None:
+        value = flag("unscales_in_step", value)
+        if value and self._holds_fsdp1():
+            raise ValueError("Invalid unscales_in_step value: True; FSDP1's ShardedGradScaler unscales itself")
+        self._step_supports_amp_scaling = value
+
+    def _holds_fsdp1(self) -> bool:
+        return any(getattr(p, "_fsdp_flattened", False) for group in self.param_groups for p in group["params"])
 
     def _leave_unscaling_to_fsdp1(self) -> None:
         # Its ShardedGradScaler tells all processes of an infinity only where it unscales itself.
-        if any(getattr(p, "_fsdp_flattened", False) for group in self.param_groups for p in group["params"]):
+        if self._holds_fsdp1():
             self._step_supports_amp_scaling = False
 
     @overload
@@ -340,6 +367,12 @@ class Lion(Optimizer):
         """Put a plan in front of those that are kept: which parameters have a gradient may change from step to step."""
         if not self._plans or self._plans[0] is not plan:
             self._plans = (plan, *(kept for kept in self._plans if kept is not plan))[:_KEPT_PLANS]
+
+
+def _check_no_model(params: object) -> None:
+    """Raise if a model, or its method, was given instead of its parameters."""
+    if isinstance(params, nn.Module) or (callable(params) and not isinstance(params, Iterable)):
+        raise TypeError(f"Invalid params: {type(params).__name__}; pass model.parameters()")
 
 
 def _shortened(names: Sequence[str]) -> str:

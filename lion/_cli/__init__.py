@@ -69,7 +69,7 @@ def checked_names(option: str, given: str, allowed: Collection[str]) -> list[str
     names = [name.strip() for name in given.split(",")]
     for name in names:
         if name not in allowed:
-            raise UsageError(f"Invalid {option}: {name!r}; {', '.join(allowed)} are allowed")
+            raise UsageError(f"Invalid {option}: {name!r}; expected one of {', '.join(allowed)}")
     return list(dict.fromkeys(names))
 
 

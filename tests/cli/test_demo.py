@@ -89,7 +89,7 @@ def test_no_room_for_paged_state(
         (["--seed", "-1"], "Invalid --seed: -1; at least 0 is needed"),
         (
             ["--optimizers", "Lion,Adam"],
-            "Invalid --optimizers: 'Adam'; AdamW, Lion, Lion8bit, PagedLion8bit, Lion8bit-bf16",
+            "Invalid --optimizers: 'Adam'; expected one of AdamW, Lion, Lion8bit, PagedLion8bit, Lion8bit-bf16",
         ),
         (["--data", "missing.txt"], "Invalid --data: missing.txt; No such file"),
         (["--data", "."], "Invalid --data: .; Is a directory"),

@@ -133,5 +133,5 @@ def test_unusable_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.setenv("LION_BACKEND", "gpu")
     assert main([command, "--device", "cpu"]) == 2
     assert capsys.readouterr().err == (
-        f"python -m lion {command}: error: Invalid backend: 'gpu'; reference, cpu, cuda are allowed\n"
+        f"python -m lion {command}: error: Invalid backend: 'gpu'; expected one of reference, cpu, cuda\n"
     )

@@ -119,7 +119,7 @@ def test_gradient_scaler(make: Variant, finite: bool, unscale_first: bool) -> No
     )
     by_hand = make((other := copy.deepcopy(model)).parameters(), **OPTIONS)
     if unscale_first:
-        optimizer.optimizer._step_supports_amp_scaling = False
+        optimizer.optimizer.unscales_in_step = False
     x, y = make_data()[0]
     torch.manual_seed(2)
     scaler.scale(nn.functional.mse_loss(model(x), y)).backward()

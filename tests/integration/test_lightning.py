@@ -35,7 +35,7 @@ class Module(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.make(self.parameters(), **OPTIONS)
         # Otherwise Lightning refuses to clip gradients in mixed precision.
-        optimizer._step_supports_amp_scaling = not self.unscale_first
+        optimizer.unscales_in_step = not self.unscale_first
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=8)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
