@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+COURSE = [FOLDER / "memory.ipynb"]
 
 
 def cells(path: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
@@ -41,8 +44,53 @@ def test_figures_are_checked(path: Path) -> None:
     for previous, source in zip(["", *code], code, strict=False):
         if "show(" in source or "table(" in source and "def table" not in source:
             assert "assert " in source or "assert " in previous or "lanes(" in source, source
-    answers = [source for source, cell in cells(path, "code") if "hide-input" in cell["metadata"].get("tags", [])]
-    assert len(answers) == 3 and all("assert " in source for source in answers)
+
+
+def tagged(path: Path, tag: str) -> list[str]:
+    return [source for source, cell in cells(path, "code") if tag in cell["metadata"].get("tags", [])]
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda p: p.stem)
+def test_exercises_are_stubs_with_folded_answers(path: Path) -> None:
+    stubs, answers = tagged(path, "exercise"), tagged(path, "answer")
+    assert len(stubs) == len(answers) >= 3
+    for number, (stub, answer) in enumerate(zip(stubs, answers, strict=True), start=1):
+        # The check stands beside the stub, and the answer has to pass it.
+        name = re.search(rf"^attempt\(check_{number}, (\w+)\)$", stub, re.MULTILINE)
+        assert name and "raise NotImplementedError" in stub and f"def check_{number}(mine):" in stub
+        assert answer.startswith("# ") and answer.endswith(f"check_{number}({name[1]})")
+    assert set(answers) <= set(tagged(path, "hide-input"))
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda p: p.stem)
+def test_code_fits_the_page_and_drawings_are_folded(path: Path) -> None:
+    for source, cell in cells(path, "code"):
+        assert all(len(line) <= 88 for line in source.splitlines()), source
+        drawing = re.search(r"\b(show|table)\(", source) and "def " not in source
+        assert not drawing or "hide-input" in cell["metadata"]["tags"], source
+
+
+@pytest.mark.parametrize("path", COURSE, ids=lambda p: p.stem)
+def test_the_end_says_what_to_read_next(path: Path) -> None:
+    *_, (last, _) = cells(path, "markdown")
+    assert last.startswith("## What to read next") and ".ipynb)" in last
+
+
+def test_an_attempt_is_told_how_it_went(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("exercises", FOLDER / "exercises.py")
+    assert spec and spec.loader
+    exercises = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(exercises)
+
+    def check(mine: Callable[[int], int]) -> None:
+        assert mine(2) == 4
+
+    def stub(x: int) -> int:
+        raise NotImplementedError
+
+    for mine, told in ((stub, "Not filled in yet"), (lambda x: x, "assert mine(2) == 4"), (lambda x: 2 * x, "Right")):
+        exercises.attempt(check, mine)
+        assert told in capsys.readouterr().out
 
 
 def test_stored_counts_are_of_the_stages() -> None:
