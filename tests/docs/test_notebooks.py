@@ -13,7 +13,9 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-COURSE = [FOLDER / f"{name}.ipynb" for name in ("eight-bits", "lion-by-hand", "memory", "percentile-clipping")]
+COURSE = [
+    FOLDER / f"{name}.ipynb" for name in ("bf16-stalls", "eight-bits", "lion-by-hand", "memory", "percentile-clipping")
+]
 
 
 def cells(path: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
