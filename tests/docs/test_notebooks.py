@@ -14,7 +14,15 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 COURSE = [
-    FOLDER / f"{name}.ipynb" for name in ("bf16-stalls", "eight-bits", "lion-by-hand", "memory", "percentile-clipping")
+    FOLDER / f"{name}.ipynb"
+    for name in (
+        "bf16-stalls",
+        "eight-bits",
+        "lion-by-hand",
+        "memory",
+        "percentile-clipping",
+        "reference-against-kernel",
+    )
 ]
 
 
