@@ -169,6 +169,51 @@ def lanes(ax: Axes, elements: npt.NDArray[Any], title: str) -> None:
     ax.set(title=title, xlabel="element", ylabel="lane")
 
 
+def levels(
+    ax: Axes, rows: Mapping[str, tuple[Sequence[str], int]], notes: Sequence[str]
+) -> None:
+    """Draw what consists of what: each row is one field of the row above, opened.
+
+    Args:
+        ax: Where to draw.
+        rows: By name, the names of the fields and which of them the next row opens.
+        notes: What is said below each row.
+    """
+    for row, ((names, opened), note) in enumerate(
+        zip(rows.values(), notes, strict=True)
+    ):
+        last, width = row == len(rows) - 1, 1 / len(names)
+        for place, name in enumerate(names):
+            lit = place == opened and not last
+            field = Rectangle(
+                (place * width, row), width, 0.42, facecolor=BLUE if lit else "none"
+            )
+            field.set_edgecolor(BLUE)
+            ax.add_patch(field)
+            ax.text(
+                (place + 0.5) * width,
+                row + 0.21,
+                name,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if lit else INK,
+            )
+        ax.text(0.5, row + 0.45, note, ha="center", va="top", fontsize=9)
+        if not last:
+            for begin, end in ((opened * width, 0), ((opened + 1) * width, 1)):
+                ax.plot(
+                    [begin, end], [row + 0.42, row + 1], ":", color=BLUE, linewidth=1
+                )
+    ax.set_yticks([row + 0.21 for row in range(len(rows))], list(rows))
+    ax.set_xticks([])
+    ax.set(xlim=(-0.01, 1.01), ylim=(len(rows) - 0.3, -0.1))
+    ax.grid(False)
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
 def bits(ax: Axes, rows: Mapping[str, Sequence[str]]) -> None:
     """Draw numbers bit by bit, the first part of each in blue and the second in orange.
 

@@ -13,17 +13,6 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-COURSE = [
-    FOLDER / f"{name}.ipynb"
-    for name in (
-        "bf16-stalls",
-        "eight-bits",
-        "lion-by-hand",
-        "memory",
-        "percentile-clipping",
-        "reference-against-kernel",
-    )
-]
 
 
 def cells(path: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
@@ -61,7 +50,7 @@ def tagged(path: Path, tag: str) -> list[str]:
     return [source for source, cell in cells(path, "code") if tag in cell["metadata"].get("tags", [])]
 
 
-@pytest.mark.parametrize("path", COURSE, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_exercises_are_stubs_with_folded_answers(path: Path) -> None:
     stubs, answers = tagged(path, "exercise"), tagged(path, "answer")
     assert len(stubs) == len(answers) >= 3
@@ -73,7 +62,7 @@ def test_exercises_are_stubs_with_folded_answers(path: Path) -> None:
     assert set(answers) <= set(tagged(path, "hide-input"))
 
 
-@pytest.mark.parametrize("path", COURSE, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_code_fits_the_page_and_drawings_are_folded(path: Path) -> None:
     for source, cell in cells(path, "code"):
         assert all(len(line) <= 88 for line in source.splitlines()), source
@@ -81,7 +70,7 @@ def test_code_fits_the_page_and_drawings_are_folded(path: Path) -> None:
         assert not drawing or "hide-input" in cell["metadata"]["tags"], source
 
 
-@pytest.mark.parametrize("path", COURSE, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_the_end_says_what_to_read_next(path: Path) -> None:
     *_, (last, _) = cells(path, "markdown")
     assert last.startswith("## What to read next") and ".ipynb)" in last
