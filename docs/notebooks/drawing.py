@@ -153,20 +153,22 @@ def hits(
         spine.set_visible(False)
 
 
-def lanes(ax: Axes, elements: npt.NDArray[Any], title: str) -> None:
+def lanes(ax: Axes, elements: npt.NDArray[Any], width: int, title: str) -> None:
     """Draw which lane of a warp touches which element: lanes on y, elements on x, one colour a load.
 
     Args:
         ax: Where to draw.
-        elements: int array of shape (loads, lanes): the first element that a lane touches with a load; negative where
-            it touches none.
+        elements: int array of shape (loads, lanes): the first element that a lane touches with a load.
+        width: Elements that a lane touches with a load.
         title: Title of the drawing.
     """
-    for row in elements:
-        active = row >= 0
-        ax.plot(row[active], np.flatnonzero(active), ".", markersize=3)
+    colours = (BLUE, ORANGE, GREEN, RED)
+    for load, row in enumerate(elements):
+        ax.hlines(
+            range(row.size), row, row + width, colors=colours[load % 4], linewidth=2.5
+        )
     ax.invert_yaxis()
-    ax.set(title=title, xlabel="element", ylabel="lane")
+    ax.set(title=title, ylabel="lane", xlim=(-2, 258))
 
 
 def levels(
@@ -199,7 +201,7 @@ def levels(
                 fontsize=8,
                 color="white" if lit else INK,
             )
-        ax.text(0.5, row + 0.45, note, ha="center", va="top", fontsize=9)
+        ax.text(1, row + 0.47, note, ha="right", va="top", fontsize=9)
         if not last:
             for begin, end in ((opened * width, 0), ((opened + 1) * width, 1)):
                 ax.plot(
