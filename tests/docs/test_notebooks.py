@@ -19,10 +19,26 @@ def cells(path: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
     return [("".join(c["source"]), c) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
 
 
-def test_all_are_in_the_index() -> None:
-    index = (FOLDER / "index.md").read_text().splitlines()
-    assert len(NOTEBOOKS) == 7
-    assert all(path.stem in index for path in NOTEBOOKS)
+def minutes(path: Path) -> int:
+    """Time to read a notebook, to five minutes: 200 words or 12 lines of unfolded code a minute."""
+    words = sum(len(source.split()) for source, _ in cells(path, "markdown"))
+    shown = [s for s, cell in cells(path, "code") if "hide-input" not in cell["metadata"].get("tags", [])]
+    lines = sum(bool(line.strip()) for source in shown for line in source.splitlines())
+    return 5 * round((words / 200 + lines / 12) / 5)
+
+
+def test_the_index_has_a_card_for_each_in_order() -> None:
+    index = (FOLDER / "index.md").read_text()
+    titled = r"\{grid-item-card\} \[(\d)\. (.+)\]\((.+)\.ipynb\)\n\n```\{raw\} html\n:file: cards/(.+)\.html\n"
+    cards = re.findall(titled + r"```\n.+\n\n\*\*(\d+) minutes\.\*\* Needs", index)
+    order = index[index.index(":maxdepth: 1") :].split()[2:-1]
+    assert sorted(order) == [path.stem for path in NOTEBOOKS] and len(order) == 7
+    assert [(int(number), name) for number, _, name, _, _ in cards] == list(enumerate(order, start=1))
+    for _, title, name, picture, time in cards:
+        path = FOLDER / f"{name}.ipynb"
+        assert cells(path, "markdown")[0][0].startswith(f"# {title}\n")
+        assert picture == name and f'href="{name}.html"' in (FOLDER / "cards" / f"{picture}.html").read_text()
+        assert int(time) == minutes(path), name
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
