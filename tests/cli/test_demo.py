@@ -96,7 +96,7 @@ def test_no_room_for_paged_state(
         (["--data", "empty"], "Invalid --data: 0 characters; at least"),
         (["--out", "empty"], "Invalid --out: empty; File exists"),
         (["--device", "tpu"], "Invalid --device: tpu; "),
-        (["--device", "meta"], "Invalid --device: meta; cpu and cuda devices are supported"),
+        (["--device", "meta"], "Invalid --device: meta; expected cpu, cuda or the number of a GPU, such as cuda:0"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
     ],
 )
