@@ -96,6 +96,15 @@ LAYOUT = r"""
 """
 # Sphinx makes these pages.
 GENERATED = ("genindex", "py-modindex", "search")
+# Old addresses, each with the page that it leads to.
+FORWARDING = {"faq": "troubleshooting"}
+
+
+def test_pictures_are_drawings(pages: dict[Path, Page]) -> None:
+    # Text in them can be measured, and their colours follow the theme. The demo's picture is the one that it writes.
+    written = [page for path, page in pages.items() if path.stem not in GENERATED]
+    pictures = {Path(urlsplit(resource).path).name for page in written for resource in page.resources}
+    assert {name for name in pictures if name.endswith((".png", ".jpg", ".gif", ".webp"))} <= {"demo.png"}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +132,7 @@ def test_pages_in_a_browser(browser: Any, pages: dict[Path, Page], scheme: str, 
     page.on("pageerror", lambda error: trouble.append(str(error)))
     page.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else trouble.append(r.url))
     for path in pages:
-        if "_modules" in path.parts:
+        if "_modules" in path.parts or path.stem in FORWARDING:
             continue
         page.goto(path.as_uri())
         beyond = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
@@ -183,8 +192,9 @@ def test_what_is_too_wide_or_too_small_would_be_noticed(browser: Any, tmp_path: 
     }
 
 
-def test_an_old_address_leads_to_the_page_that_took_over(browser: Any) -> None:
+@pytest.mark.parametrize("old", FORWARDING)
+def test_an_old_address_leads_to_the_page_that_took_over(browser: Any, old: str) -> None:
     page = browser.new_page()
-    page.goto((SITE.resolve() / "faq.html").as_uri())
-    page.wait_for_url("**/troubleshooting.html", timeout=10_000)
+    page.goto((SITE.resolve() / f"{old}.html").as_uri())
+    page.wait_for_url(f"**/{FORWARDING[old]}.html", timeout=10_000)
     page.close()
