@@ -31,6 +31,7 @@ html_theme = "furo"
 html_title = "numba-lion"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["tables.js"]
 html_show_sphinx = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#9a4a00", "color-brand-content": "#9a4a00"},

@@ -198,3 +198,13 @@ def test_an_old_address_leads_to_the_page_that_took_over(browser: Any, old: str)
     page.goto((SITE.resolve() / f"{old}.html").as_uri())
     page.wait_for_url(f"**/{FORWARDING[old]}.html", timeout=10_000)
     page.close()
+
+
+def test_a_table_of_words_is_whole_on_a_phone_and_names_its_columns(browser: Any) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto((SITE.resolve() / "migrating" / "adamw.html").as_uri())
+    table = page.locator("table", has_text="warm-up")
+    assert table.evaluate("table => table.parentElement.scrollWidth <= table.parentElement.clientWidth")
+    cell = table.locator("td", has_text="nothing is divided")
+    assert "why" in cell.evaluate("cell => getComputedStyle(cell, '::before').content")
+    page.close()
