@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -55,6 +57,9 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 240
 nb_merge_streams = True
 
+dtypes = ("Float32", "Int32", "Int64", "Uint8", "Uint16", "Uint32")
+array_names = {"Array", *(f"{dtype}Array" for dtype in dtypes)}
+autodoc_type_aliases = {name: name for name in array_names}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -65,3 +70,21 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_custom_sections = ["Source"]
+
+
+ARRAY = re.compile(r"[\w.~]*ndarray\[[\w.~]*tuple\[[\w.~]*Any, \.\.\.\], [\w.~]*dtype\[[\w.~]*?(\w+)\]\]")
+
+
+def with_named_arrays(app: Any, what: str, name: str, value: Any, options: Any, signature: Any, returns: Any) -> Any:
+    """Return a signature in which NumPy's arrays have the names that the sources give them."""
+
+    def named(found: re.Match[str]) -> str:
+        array = f"{found[1].capitalize()}Array"
+        return array if array in array_names else "Array"
+
+    texts = (text and ARRAY.sub(named, text) for text in (signature, returns))
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in texts)
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-signature", with_named_arrays)

@@ -68,7 +68,7 @@ _NOT_IN_ARGS: dict[str, Any] = {
     for key, value in {**OTHER_ALGORITHMS, "capturable": False, "foreach": False, "fused": False}.items()
     if key not in ("centered", "dampening", "lr_decay", "momentum", "nesterov")
 }
-# How alike an unknown key of a group and the name of an option have to be for a warning.
+# How alike an unknown key and the name of an option have to be for one to be taken for the other.
 _ALIKE = 0.88
 # A negative learning rate of at most this share of the largest one of its group is what rounding left of 0: in the
 # arithmetic of a schedule, or in that of a tensor of fewer bits.
@@ -198,11 +198,17 @@ def warn_of_misspelled(group: Mapping[str, Any], number: int) -> None:
         number: Its number.
     """
     for key in group:
-        if isinstance(key, str) and key not in CHECKS and key not in OTHER_ALGORITHMS:
-            for option in difflib.get_close_matches(key, CHECKS, n=1, cutoff=_ALIKE):
-                warnings.warn(
-                    f"The key {shown(key)} of group {number} has no effect; did you mean {option!r}?", stacklevel=2
-                )
+        if isinstance(key, str) and (option := _meant_by(key)):
+            warnings.warn(
+                f"The key {shown(key)} of group {number} has no effect; did you mean {option!r}?", stacklevel=2
+            )
+
+
+def _meant_by(key: str) -> str | None:
+    """Return the option whose name a key nearly is; None for an option's own name, ours or another optimizer's."""
+    if key in CHECKS or key in OTHER_ALGORITHMS:
+        return None
+    return next(iter(difflib.get_close_matches(key, CHECKS, n=1, cutoff=_ALIKE)), None)
 
 
 def _advice(key: str) -> str:
@@ -223,6 +229,8 @@ def explains_keywords(init: _Init) -> _Init:
         for key in kwargs:
             if key in OTHER_ALGORITHMS or key in _ADVICE:
                 raise TypeError(f"{type(self).__name__} has no option {key!r}{_advice(key)}; leave it out")
+            if option := _meant_by(key):
+                raise TypeError(f"{type(self).__name__} has no option {key!r}; did you mean {option!r}?")
         init(self, *args, **kwargs)
 
     return cast(_Init, explaining)

@@ -46,6 +46,14 @@ class Lion(Optimizer):
     ``percentile_clipping``, ``block_wise``, ``is_paged`` and the keyword-only ones are options of the parameter groups,
     like ``lr``, ``betas`` and ``weight_decay``; :class:`lion.GlobalOptimManager` sets them for single parameters.
 
+    Example::
+
+        model = torch.nn.Linear(1000, 10)
+        optimizer = lion.Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
+        model(torch.randn(32, 1000)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
     Args:
         params: Parameters, named parameters or parameter groups.
         lr: Learning rate, a float or a tensor of one element (default: 1e-4). A CUDA tensor is never read by the
@@ -53,8 +61,8 @@ class Lion(Optimizer):
         betas: Weights of the momentum in the update and in the new momentum, each in [0, 1) (default: (0.9, 0.99)).
         weight_decay: Decoupled weight decay (default: 0).
         optim_bits: Bits of the momentum, 32 or 8 (default: 32).
-        args: An object whose attributes, as far as it has some that are called as the arguments around this one,
-            from ``optim_bits`` to ``rounding_seed``, replace these (default: None).
+        args: An object whose attributes replace arguments of the same names: ``optim_bits`` and all that follow it
+            here (default: None).
         min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
         percentile_clipping: Scale a gradient down to this percentile of the parameter's last 100 gradient norms,
             1 to 100; 100 is off (default: 100).
@@ -382,25 +390,22 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 class Lion8bit(Lion):
-    """:class:`Lion` with 8-bit momentum.
+    """:class:`Lion` with 8-bit momentum: about one byte a parameter.
 
-    Args:
-        params: Parameters, named parameters or parameter groups.
-        lr: Learning rate (default: 1e-4).
-        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
-        weight_decay: Decoupled weight decay (default: 0).
-        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
-        min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
-        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
-        block_wise: Quantize in blocks of 256 elements rather than whole (default: True).
-        is_paged: Keep the momentum of large parameters in memory that can be paged out (default: False).
-        master_weight_bits: As in :class:`Lion` (default: None).
-        stochastic_rounding: As in :class:`Lion` (default: False).
-        rounding_seed: As in :class:`Lion` (default: 0).
+    Example::
+
+        weight = torch.nn.Parameter(torch.randn(1000, 1000))
+        optimizer = lion.Lion8bit([weight], lr=1e-4, weight_decay=0.1)
+        weight.square().mean().backward()
+        optimizer.step()
+        assert optimizer.state[weight]["state1"].dtype == torch.uint8
+
+    Arguments as :class:`Lion`, without ``optim_bits``. Parameters with fewer than ``min_8bit_size`` elements keep
+    32-bit momentum.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        ValueError: As :class:`Lion`.
+        TypeError: As :class:`Lion`.
     """
 
     @explains_keywords
@@ -438,25 +443,22 @@ class Lion8bit(Lion):
 
 
 class Lion32bit(Lion):
-    """:class:`Lion` with 32-bit momentum.
+    """:class:`Lion` with 32-bit momentum: four bytes a parameter.
 
-    Args:
-        params: Parameters, named parameters or parameter groups.
-        lr: Learning rate (default: 1e-4).
-        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
-        weight_decay: Decoupled weight decay (default: 0).
-        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
-        min_8bit_size: As in :class:`Lion`; matters where a parameter's ``optim_bits`` is overridden (default: 4096).
-        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
-        block_wise: As in :class:`Lion`; matters where a parameter's ``optim_bits`` is overridden (default: True).
-        is_paged: Keep the momentum of large parameters in memory that can be paged out (default: False).
-        master_weight_bits: As in :class:`Lion` (default: None).
-        stochastic_rounding: As in :class:`Lion` (default: False).
-        rounding_seed: As in :class:`Lion` (default: 0).
+    Example::
+
+        weight = torch.nn.Parameter(torch.randn(1000, 1000))
+        optimizer = lion.Lion32bit([weight], lr=1e-4, weight_decay=0.1)
+        weight.square().mean().backward()
+        optimizer.step()
+        assert optimizer.state[weight]["state1"].dtype == torch.float32
+
+    Arguments as :class:`Lion`, without ``optim_bits``. ``min_8bit_size`` and ``block_wise`` matter only where
+    ``optim_bits`` is set to 8 for a group or for single parameters.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        ValueError: As :class:`Lion`.
+        TypeError: As :class:`Lion`.
     """
 
     @explains_keywords
@@ -494,25 +496,20 @@ class Lion32bit(Lion):
 
 
 class PagedLion(Lion):
-    """:class:`Lion` whose momentum, for large parameters, is in memory that can be paged out.
+    """:class:`Lion` whose momentum, for parameters of at least 100,000 elements, is in memory that can be paged out.
 
-    Args:
-        params: Parameters, named parameters or parameter groups.
-        lr: Learning rate (default: 1e-4).
-        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
-        weight_decay: Decoupled weight decay (default: 0).
-        optim_bits: Bits of the momentum, 32 or 8 (default: 32).
-        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
-        min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
-        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
-        block_wise: Quantize 8-bit momentum in blocks of 256 elements rather than whole (default: True).
-        master_weight_bits: As in :class:`Lion` (default: None).
-        stochastic_rounding: As in :class:`Lion` (default: False).
-        rounding_seed: As in :class:`Lion` (default: 0).
+    Example::
+
+        weight = torch.nn.Parameter(torch.randn(1000, 1000))
+        optimizer = lion.PagedLion([weight], lr=1e-4, optim_bits=8)
+        weight.square().mean().backward()
+        optimizer.step()
+
+    Arguments as :class:`Lion`, without ``is_paged``. The numbers are those of :class:`Lion`, bit for bit.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        ValueError: As :class:`Lion`.
+        TypeError: As :class:`Lion`.
     """
 
     @explains_keywords
@@ -550,24 +547,21 @@ class PagedLion(Lion):
 
 
 class PagedLion8bit(Lion8bit):
-    """:class:`Lion8bit` whose momentum, for large parameters, is in memory that can be paged out.
+    """:class:`Lion8bit` whose momentum, for parameters of at least 100,000 elements, can be paged out.
 
-    Args:
-        params: Parameters, named parameters or parameter groups.
-        lr: Learning rate (default: 1e-4).
-        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
-        weight_decay: Decoupled weight decay (default: 0).
-        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
-        min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
-        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
-        block_wise: Quantize in blocks of 256 elements rather than whole (default: True).
-        master_weight_bits: As in :class:`Lion` (default: None).
-        stochastic_rounding: As in :class:`Lion` (default: False).
-        rounding_seed: As in :class:`Lion` (default: 0).
+    Example::
+
+        weight = torch.nn.Parameter(torch.randn(1000, 1000))
+        optimizer = lion.PagedLion8bit([weight], lr=1e-4, weight_decay=0.1)
+        weight.square().mean().backward()
+        optimizer.step()
+
+    Arguments as :class:`Lion`, without ``optim_bits`` and ``is_paged``. The numbers are those of :class:`Lion8bit`,
+    bit for bit.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        ValueError: As :class:`Lion`.
+        TypeError: As :class:`Lion`.
     """
 
     @explains_keywords
@@ -603,24 +597,21 @@ class PagedLion8bit(Lion8bit):
 
 
 class PagedLion32bit(Lion32bit):
-    """:class:`Lion32bit` whose momentum, for large parameters, is in memory that can be paged out.
+    """:class:`Lion32bit` whose momentum, for parameters of at least 100,000 elements, can be paged out.
 
-    Args:
-        params: Parameters, named parameters or parameter groups.
-        lr: Learning rate (default: 1e-4).
-        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
-        weight_decay: Decoupled weight decay (default: 0).
-        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
-        min_8bit_size: As in :class:`Lion32bit` (default: 4096).
-        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
-        block_wise: As in :class:`Lion32bit` (default: True).
-        master_weight_bits: As in :class:`Lion` (default: None).
-        stochastic_rounding: As in :class:`Lion` (default: False).
-        rounding_seed: As in :class:`Lion` (default: 0).
+    Example::
+
+        weight = torch.nn.Parameter(torch.randn(1000, 1000))
+        optimizer = lion.PagedLion32bit([weight], lr=1e-4, weight_decay=0.1)
+        weight.square().mean().backward()
+        optimizer.step()
+
+    Arguments as :class:`Lion`, without ``optim_bits`` and ``is_paged``. The numbers are those of :class:`Lion32bit`,
+    bit for bit.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        ValueError: As :class:`Lion`.
+        TypeError: As :class:`Lion`.
     """
 
     @explains_keywords

@@ -14,7 +14,7 @@ import torch
 from rich.box import Box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from lion._backends import for_device
@@ -81,7 +81,9 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def progress_bars(*more: ProgressColumn) -> Progress:
     """Return progress bars on stderr that vanish at the end, and are not there where it is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more)
+    # A description is folded where there is no room for it.
+    description = TextColumn("{task.description}", table_column=Column())
+    columns = (description, BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(), *more)
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 

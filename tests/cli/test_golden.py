@@ -6,7 +6,9 @@ The machine and its figures are made up.
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from lion.__main__ import main
-from lion._cli import bench, check, overview
+from lion._cli import _SPELLED, bench, check, overview
 from lion._cli.bench import Row, Summary
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -187,3 +189,22 @@ def test_into_a_pipe_it_is_whole(
     text = printed(capsys, monkeypatch, *CASES[name], None)
     widest = (GOLDEN / f"{name}-{max(WIDTHS)}.txt").read_text(encoding="utf-8")
     assert text.split() == widest.split()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_ascii_terminal_shows_the_same_in_words(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shown = io.BytesIO()
+    terminal = io.TextIOWrapper(shown, "ascii", write_through=True)
+    with monkeypatch.context() as changed:
+        changed.setattr(sys, "stdout", terminal)
+        rest = printed(capsys, monkeypatch, *CASES[name], max(WIDTHS))
+    command, *errors = rest.splitlines(keepends=True)
+    golden = (GOLDEN / f"{name}-{max(WIDTHS)}.txt").read_text(encoding="utf-8").translate(_SPELLED)
+    # A rule is as long as the words.
+    found, expected = (
+        [word for word in text.split() if set(word) != {"-"}]
+        for text in ("".join((command, shown.getvalue().decode("ascii"), *errors)), golden)
+    )
+    assert found == expected

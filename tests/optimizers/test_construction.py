@@ -305,6 +305,12 @@ def test_a_misspelled_option_of_a_group(key, option):
     assert len(caught) == 1
 
 
+@every_class
+def test_a_misspelled_argument(cls):
+    with pytest.raises(TypeError, match=f"{cls.__name__} has no option 'weight_deacy'; did you mean 'weight_decay'"):
+        cls([parameter(2)], weight_deacy=0.1)
+
+
 @pytest.mark.filterwarnings("error")
 def test_keys_that_are_no_misspelled_option():
     keys = ("initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale", "base_momentum", "max_momentum", "eps", "fused")
