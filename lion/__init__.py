@@ -4,11 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lion import exchange, functional
+    from lion import exchange, functional, optim
     from lion._backends import use_backend
     from lion.in_backward import StepInBackward
     from lion.optimizers import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
     from lion.overrides import GlobalOptimManager
+
+__version__ = "0.1.0"
 
 __all__ = [
     "GlobalOptimManager",
@@ -21,6 +23,7 @@ __all__ = [
     "StepInBackward",
     "exchange",
     "functional",
+    "optim",
     "use_backend",
 ]
 
@@ -29,6 +32,7 @@ _MODULES = {
     "StepInBackward": "in_backward",
     "exchange": "exchange",
     "functional": "functional",
+    "optim": "optim",
     "use_backend": "_backends",
 }
 

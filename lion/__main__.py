@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 import textwrap
+from io import TextIOWrapper
 from typing import Any, NoReturn
 
-from lion._cli import UsageError, add_json, bench, check, demo, overview, print_json
+import lion
+from lion._cli import UsageError, add_json, bench, check, demo, overview, print_json, spelled
 
 COMMANDS = {"demo": demo, "check": check, "bench": bench}
 DESCRIPTION = """Lion optimizers with 32-bit and 8-bit state for PyTorch.
 
-Without a command: these lines, and what was found on this machine."""
+Without a command: what was found on this machine."""
 EXAMPLES = """\
 python -m lion --json > machine.json
 python -m lion check
@@ -36,23 +39,27 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0, 1 if a check found a difference, 2 for a mistake of the user, 130 after Ctrl-C.
     """
     parser = _Parser(prog="python -m lion", **_texts(DESCRIPTION, EXAMPLES))
+    parser.add_argument("--version", action="version", version=f"numba-lion {lion.__version__}")
     add_json(parser)
     parser.set_defaults(json=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    parsers: dict[str | None, argparse.ArgumentParser] = {None: parser}
     for name, module in COMMANDS.items():
         doc = (module.__doc__ or "").strip()
         command = subparsers.add_parser(name, help=doc.splitlines()[0], **_texts(doc, module.EXAMPLES))
         module.add_arguments(command)
-    options = parser.parse_args(arguments)
+        parsers[name] = command
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parsers[options.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if options.command is not None:
             return COMMANDS[options.command].run(options)
         if options.json:
             print_json(overview.found())
         else:
-            parser.print_help()
-            print()
-            overview.print_tables(overview.found())
+            overview.print_found(overview.found())
+            print(f"\n{_usage(parser)}")
         return 0
     except UsageError as error:
         print(f"{parser.prog} {options.command}: error: {error}", file=sys.stderr)
@@ -62,15 +69,40 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _width() -> int:
+    return shutil.get_terminal_size().columns - 2
+
+
 def _texts(description: str, examples: str) -> dict[str, Any]:
     """Return the description and epilog that --help shows, and their formatter."""
-    width = shutil.get_terminal_size().columns - 2
+    width = _width()
+    commands = (" \\\n    ".join(_folded(command, width - 8)) for command in examples.splitlines())
     return {
-        "description": "\n\n".join(textwrap.fill(part, width) for part in description.split("\n\n")),
-        "epilog": f"examples:\n{textwrap.indent(examples, '  ')}\n\n{textwrap.fill(EXIT_CODES, width)}",
+        "description": spelled("\n\n".join(textwrap.fill(part, width) for part in description.split("\n\n"))),
+        "epilog": f"examples:\n{textwrap.indent(chr(10).join(commands), '  ')}\n\n{textwrap.fill(EXIT_CODES, width)}",
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
 
 
+def _folded(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _usage(parser: argparse.ArgumentParser) -> str:
+    """Return the commands, a line each where there is room, and how to learn more."""
+    lines = [f"{parser.prog} [--json] [--version] [COMMAND]"]
+    for name, module in COMMANDS.items():
+        title = (module.__doc__ or "").splitlines()[0]
+        lines.append(textwrap.fill(title, _width(), initial_indent=f"  {name:<7}", subsequent_indent=" " * 9))
+    lines.append(textwrap.fill(f"{parser.prog} COMMAND --help shows the options of a command.", _width()))
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A path may have letters that the terminal has not.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(signal, "SIGPIPE"):
+        # A reader that has enough, such as head, ends the command without a word.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
 from enum import Enum
 from itertools import islice
@@ -59,6 +61,15 @@ _ADVICE = {
     "maximize": "minimize the negative loss",
     "momentum": "its weights are betas",
 }
+# Attributes that `args` may not have: what the constructor refuses as a keyword, with the value that asks for nothing.
+# Numbers of SGD, RMSprop and Adagrad may be there, for programs keep those of all their optimizers in one object.
+_NOT_IN_ARGS: dict[str, Any] = {
+    key: value
+    for key, value in {**OTHER_ALGORITHMS, "capturable": False, "foreach": False, "fused": False}.items()
+    if key not in ("centered", "dampening", "lr_decay", "momentum", "nesterov")
+}
+# How alike an unknown key and the name of an option have to be for one to be taken for the other.
+_ALIKE = 0.88
 # A negative learning rate of at most this share of the largest one of its group is what rounding left of 0: in the
 # arithmetic of a schedule, or in that of a tensor of fewer bits.
 _ROUNDING, _ROUNDING_OF_TENSORS = 2.0**-40, 2.0**-20
@@ -134,7 +145,7 @@ def check_rounding(options: Mapping[str, Any], name: str = "") -> None:
     if bits is not None and options["stochastic_rounding"]:
         raise ValueError(
             f"Invalid stochastic_rounding{name and f' for {name}'}: True beside master_weight_bits={bits}, which leave "
-            "nothing to round; one of them is allowed"
+            "nothing to round; choose one of them"
         )
 
 
@@ -149,7 +160,7 @@ def check_algorithm(group: Mapping[str, Any], number: int | None = None) -> None
         ValueError: Naming the option.
     """
     for key, value in group.items():
-        if key in OTHER_ALGORITHMS and not _changes_nothing(key, value):
+        if key in OTHER_ALGORITHMS and not _is_scalar(value, OTHER_ALGORITHMS[key]):
             where = "parameter group" if number is None else f"group {number}"
             raise ValueError(
                 f"Invalid {where}: {key}={shown(value)} has no counterpart in Lion{_advice(key)}; "
@@ -157,13 +168,57 @@ def check_algorithm(group: Mapping[str, Any], number: int | None = None) -> None
             )
 
 
+def check_args(args: object) -> dict[str, Any]:
+    """Return the options that an object supplies as attributes.
+
+    Args:
+        args: The object, or None.
+
+    Raises:
+        TypeError: If it is a dict.
+        ValueError: If an attribute asks for what the constructor refuses as a keyword.
+    """
+    if isinstance(args, Mapping):
+        raise TypeError(f"Invalid args: {shown(args)}; expected an object with attributes, not a dict")
+    for key, nothing in _NOT_IN_ARGS.items():
+        value = getattr(args, key, None)
+        if not _is_scalar(value, nothing):
+            raise ValueError(
+                f"Invalid args: {key}={shown(value)} has no counterpart in Lion{_advice(key)}; "
+                f"leave it out or set it to {nothing}"
+            )
+    return {key: getattr(args, key) for key in STATE_OPTIONS if hasattr(args, key)}
+
+
+def warn_of_misspelled(group: Mapping[str, Any], number: int) -> None:
+    """Warn of keys of a group that are nobody's option and nearly the name of one.
+
+    Args:
+        group: The group.
+        number: Its number.
+    """
+    for key in group:
+        if isinstance(key, str) and (option := _meant_by(key)):
+            warnings.warn(
+                f"The key {shown(key)} of group {number} has no effect; did you mean {option!r}?", stacklevel=2
+            )
+
+
+def _meant_by(key: str) -> str | None:
+    """Return the option whose name a key nearly is; None for an option's own name, ours or another optimizer's."""
+    if key in CHECKS or key in OTHER_ALGORITHMS:
+        return None
+    return next(iter(difflib.get_close_matches(key, CHECKS, n=1, cutoff=_ALIKE)), None)
+
+
 def _advice(key: str) -> str:
     return f": {_ADVICE[key]}" if key in _ADVICE else ""
 
 
-def _changes_nothing(key: str, value: Any) -> bool:
+def _is_scalar(value: Any, wanted: Any) -> bool:
+    """Return whether a value is None or a number or a truth value equal to another."""
     is_scalar = isinstance(value, (bool, int, float, np.generic))
-    return value is None or (is_scalar and bool(value == OTHER_ALGORITHMS[key]))
+    return value is None or (is_scalar and bool(value == wanted))
 
 
 def explains_keywords(init: _Init) -> _Init:
@@ -174,6 +229,8 @@ def explains_keywords(init: _Init) -> _Init:
         for key in kwargs:
             if key in OTHER_ALGORITHMS or key in _ADVICE:
                 raise TypeError(f"{type(self).__name__} has no option {key!r}{_advice(key)}; leave it out")
+            if option := _meant_by(key):
+                raise TypeError(f"{type(self).__name__} has no option {key!r}; did you mean {option!r}?")
         init(self, *args, **kwargs)
 
     return cast(_Init, explaining)
@@ -184,7 +241,7 @@ def _learning_rate(key: str, lr: Any, group: Mapping[str, Any] | None = None) ->
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element; its shape is {tuple(lr.shape)}")
         if not lr.is_floating_point():
-            raise TypeError(f"Invalid learning rate: {lr.dtype}; a floating-point tensor is allowed")
+            raise TypeError(f"Invalid learning rate: {lr.dtype}; expected a floating-point tensor")
         if lr.is_meta:
             raise ValueError("Invalid learning rate: a tensor without data, on the device meta")
         # Reading a tensor of another device would wait for that device.
@@ -226,41 +283,49 @@ def _betas(key: str, betas: Any) -> tuple[float, float]:
     try:
         pair = () if isinstance(betas, (Iterator, Mapping, Set)) else tuple(islice(betas, 3))
     except Exception as error:
-        raise TypeError(f"Invalid betas: {shown(betas)}; a pair of numbers is allowed") from error
+        raise TypeError(f"Invalid betas: {shown(betas)}; expected a pair of numbers") from error
     if len(pair) != 2:
-        raise ValueError(f"Invalid betas: {shown(betas)}; a pair of numbers is allowed")
+        raise ValueError(f"Invalid betas: {shown(betas)}; expected a pair of numbers")
     first, second = (_number(f"beta parameter at index {index}:", beta) for index, beta in enumerate(pair))
     for index, beta in enumerate((first, second)):
         if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}; at least 0 and below 1 is allowed")
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}; expected at least 0 and below 1")
     return first, second
 
 
 def _optim_bits(key: str, optim_bits: Any) -> int:
     bits = integer(key, optim_bits)
     if bits not in (8, 32):
-        raise ValueError(f"Invalid optim_bits value: {bits}; 8 and 32 are allowed")
+        raise ValueError(f"Invalid optim_bits value: {bits}; expected 8 or 32")
     return bits
 
 
 def _min_8bit_size(key: str, min_8bit_size: Any) -> int:
     size = integer(key, min_8bit_size)
     if size < 0:
-        raise ValueError(f"Invalid min_8bit_size value: {size}; at least 0 is allowed")
+        raise ValueError(f"Invalid min_8bit_size value: {size}; expected at least 0")
     return size
 
 
 def _percentile_clipping(key: str, percentile_clipping: Any) -> int:
-    percentile = integer(key, percentile_clipping)
-    if not 1 <= percentile <= 100:
-        raise ValueError(f"Invalid percentile_clipping value: {percentile}; 1 to 100 is allowed")
-    return percentile
+    if isinstance(percentile_clipping, (bool, np.bool_)):
+        raise TypeError(
+            f"Invalid percentile_clipping value: {percentile_clipping}; expected an integer from 1 to 100. "
+            "In bitsandbytes since 0.50, is_paged is the argument at this place: give it by name"
+        )
+    number = _number("percentile_clipping value:", percentile_clipping)
+    if not (number.is_integer() and 1 <= number <= 100):
+        guess = f"; did you mean {number * 100:.0f}?" if 0.01 <= number < 1 else ""
+        raise ValueError(
+            f"Invalid percentile_clipping value: {shown(percentile_clipping)}; expected an integer from 1 to 100{guess}"
+        )
+    return int(number)
 
 
 def _master_weight_bits(key: str, master_weight_bits: Any) -> int | None:
     bits = None if master_weight_bits is None else integer(key, master_weight_bits)
     if bits not in (None, 24, 32):
-        raise ValueError(f"Invalid master_weight_bits value: {bits}; None, 24 and 32 are allowed")
+        raise ValueError(f"Invalid master_weight_bits value: {bits}; expected None, 24 or 32")
     return bits
 
 
@@ -269,14 +334,14 @@ def _rounding_seed(key: str, rounding_seed: Any) -> int:
     is_integer = isinstance(rounding_seed, (int, np.integer)) and not isinstance(rounding_seed, bool)
     seed = operator.index(rounding_seed) if is_integer else integer(key, rounding_seed)
     if not 0 <= seed < 2**64:
-        raise ValueError(f"Invalid rounding_seed value: {shown(seed)}; 0 to 2**64 - 1 is allowed")
+        raise ValueError(f"Invalid rounding_seed value: {shown(seed)}; expected 0 to 2**64 - 1")
     return seed
 
 
 def _non_negative(name: str, value: Any) -> float:
     number = _number(name, value)
     if not 0.0 <= number < math.inf:
-        raise ValueError(f"Invalid {name} {number}; at least 0 and finite is allowed")
+        raise ValueError(f"Invalid {name} {number}; expected a finite number, at least 0")
     return number
 
 
@@ -286,13 +351,13 @@ def _number(name: str, value: Any) -> float:
     # float() reads text and bytes too, and drops the imaginary part of NumPy's complex numbers.
     is_number = hasattr(type(value), "__float__") or hasattr(type(value), "__index__")
     if not is_number or getattr(getattr(value, "dtype", None), "kind", "f") in "cmMSU":
-        raise TypeError(f"Invalid {name} {shown(value)}; a number is allowed")
+        raise TypeError(f"Invalid {name} {shown(value)}; expected a number")
     try:
         return float(value)
     except OverflowError:
         raise ValueError(f"Invalid {name} {shown(value)}; it is too large") from None
     except Exception as error:
-        raise TypeError(f"Invalid {name} {shown(value)}; a number is allowed") from error
+        raise TypeError(f"Invalid {name} {shown(value)}; expected a number") from error
 
 
 def shown(value: object) -> str:
@@ -315,7 +380,7 @@ def flag(key: str, value: Any) -> bool:
         TypeError: If it is anything else.
     """
     if not isinstance(value, (bool, int, np.bool_)) or value not in (0, 1):
-        raise TypeError(f"Invalid {key} value: {shown(value)}; True and False are allowed")
+        raise TypeError(f"Invalid {key} value: {shown(value)}; expected True or False")
     return bool(value)
 
 
@@ -331,10 +396,10 @@ def integer(key: str, value: Any) -> int:
         ValueError: If it is not integral.
     """
     if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"Invalid {key} value: {value}; an integer is allowed")
+        raise TypeError(f"Invalid {key} value: {value}; expected an integer")
     number = _number(f"{key} value:", value)
     if not number.is_integer():
-        raise ValueError(f"Invalid {key} value: {number}; an integer is allowed")
+        raise ValueError(f"Invalid {key} value: {number}; expected an integer")
     return int(number)
 
 

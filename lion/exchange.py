@@ -119,7 +119,7 @@ def to_exp_avg(
     """
     check_parts(state_dict)
     if not set(keep) <= {"step", "gnorm_vec", "master_low"}:
-        raise ValueError(f"Invalid keep: {keep!r}; 'step', 'gnorm_vec' and 'master_low' are allowed")
+        raise ValueError(f"Invalid keep: {keep!r}; expected some of 'step', 'gnorm_vec' and 'master_low'")
     own_states = _own_states(state_dict)
     # torch's loader would share a tensor that needs no cast.
     states = {
@@ -200,9 +200,11 @@ def float32_state_dict(model: nn.Module, optimizer: Lion) -> dict[str, Any]:
 
     Raises:
         TypeError: If ``optimizer`` is none of this package.
-        ValueError: If the model's state dict does not hold a parameter that has a lower part, as with FSDP1.
+        ValueError: If the model's state dict does not hold a parameter that has a lower part, as with FSDP1, or if one
+            is of a lazy module that has not run yet.
     """
     _check_optimizer(optimizer)
+    _check_has_run(model)
     states = ((p, optimizer.state.get(p, {})) for group in optimizer.param_groups for p in group["params"])
     # Of a parameter that has become float32, the next step drops it.
     lows = {id(p): state["master_low"] for p, state in states if "master_low" in state and p.dtype == torch.bfloat16}
@@ -230,9 +232,11 @@ def load_float32_state_dict(model: nn.Module, optimizer: Lion, state: StateDict)
     Raises:
         TypeError: If ``optimizer`` is none of this package.
         ValueError: If ``state`` does not fit the model, or the model's state dict does not hold a parameter that has
-            master bits, as with FSDP1; nothing has changed then.
+            master bits, as with FSDP1, or a parameter is of a lazy module that has not run yet; nothing has changed
+            then.
     """
     _check_optimizer(optimizer)
+    _check_has_run(model)
     overrides = GlobalOptimManager.get_instance().lookup()
     masters = {}
     for number, group in enumerate(optimizer.param_groups):
@@ -260,9 +264,16 @@ def load_float32_state_dict(model: nn.Module, optimizer: Lion, state: StateDict)
             put(optimizer.state, p, new)
 
 
+def _check_has_run(model: nn.Module) -> None:
+    """Raise if a parameter or a buffer is one of a lazy module that has not run yet."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ValueError(f"Invalid model: {name!r} has no shape yet; its module has to run once before")
+
+
 def _check_optimizer(optimizer: object) -> None:
     if not isinstance(optimizer, Lion):
-        raise TypeError(f"Invalid optimizer: {type(optimizer).__name__}; one of this package is allowed")
+        raise TypeError(f"Invalid optimizer: {type(optimizer).__name__}; expected one of this package")
 
 
 def _tensors_of(model: nn.Module, needed: Mapping[int, object]) -> dict[str, Any]:

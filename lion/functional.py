@@ -186,7 +186,7 @@ def percentile_clipping(
     _check_buffer("gnorm_vec", gnorm_vec, torch.float32, (reference.HISTORY,), grad.device)
     percentile, step = integer("percentile", percentile), integer("step", step)
     if not 1 <= percentile < reference.HISTORY:
-        raise ValueError(f"Invalid percentile: {percentile}; 1 to 99 is allowed")
+        raise ValueError(f"Invalid percentile: {percentile}; expected 1 to 99")
     if step < 1:
         raise ValueError(f"Invalid step: {step}; at least 1 is needed")
     backend = for_device(grad.device)
@@ -199,7 +199,7 @@ def percentile_clipping(
 
 def _block_count(numel: int, blocksize: int) -> int:
     if blocksize not in BLOCK_SIZES:
-        raise ValueError(f"Invalid blocksize: {blocksize}; a power of two from 64 to 65536 is allowed")
+        raise ValueError(f"Invalid blocksize: {blocksize}; expected a power of two from 64 to 65536")
     return -(-numel // blocksize)
 
 

@@ -46,7 +46,7 @@ class StepInBackward:
     @_disable_dynamo
     def __init__(self, optimizer: Lion) -> None:
         if not isinstance(optimizer, Lion):
-            raise TypeError(f"Invalid optimizer: {type(optimizer).__name__}; one of this package is allowed")
+            raise TypeError(f"Invalid optimizer: {type(optimizer).__name__}; expected one of this package")
         self._optimizer = optimizer
         # For each parameter the optimizer that takes its steps, and the number of its group.
         self._steppers: dict[Tensor, tuple[Lion, int]] = {}

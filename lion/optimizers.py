@@ -6,22 +6,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from lion import _dynamic_map
 from lion._backends import LossScale, StaleBatch, for_device, forgotten_on_error
 from lion._memory import paging, sharding
-from lion._options import STATE_OPTIONS, WEIGHT_OPTIONS, check_algorithm, check_group, explains_keywords, shown
+from lion._options import (
+    STATE_OPTIONS,
+    WEIGHT_OPTIONS,
+    check_algorithm,
+    check_args,
+    check_group,
+    explains_keywords,
+    flag,
+    warn_of_misspelled,
+)
 from lion._parameters import check_parameter, check_weights, parameter_name
 from lion._plan import Plan, Prepared
 from lion._state import converted, for_communication, form_of, placed, python_numbers
 from lion.overrides import GlobalOptimManager
 
 _KEPT_PLANS = 4
-# What bitsandbytes reads from `args` besides the options here; its other optimizers use them.
-_ARGS_OF_OTHERS = ("max_unorm", "skip_zeros")
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -39,6 +46,14 @@ class Lion(Optimizer):
     ``percentile_clipping``, ``block_wise``, ``is_paged`` and the keyword-only ones are options of the parameter groups,
     like ``lr``, ``betas`` and ``weight_decay``; :class:`lion.GlobalOptimManager` sets them for single parameters.
 
+    Example::
+
+        model = torch.nn.Linear(1000, 10)
+        optimizer = lion.Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
+        model(torch.randn(32, 1000)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
     Args:
         params: Parameters, named parameters or parameter groups.
         lr: Learning rate, a float or a tensor of one element (default: 1e-4). A CUDA tensor is never read by the
@@ -46,8 +61,8 @@ class Lion(Optimizer):
         betas: Weights of the momentum in the update and in the new momentum, each in [0, 1) (default: (0.9, 0.99)).
         weight_decay: Decoupled weight decay (default: 0).
         optim_bits: Bits of the momentum, 32 or 8 (default: 32).
-        args: An object whose attributes, as far as it has some that are called as the arguments around this one,
-            from ``optim_bits`` to ``rounding_seed``, replace these (default: None).
+        args: An object whose attributes replace arguments of the same names: ``optim_bits`` and all that follow it
+            here (default: None).
         min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
         percentile_clipping: Scale a gradient down to this percentile of the parameter's last 100 gradient norms,
             1 to 100; 100 is off (default: 100).
@@ -106,11 +121,8 @@ class Lion(Optimizer):
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
         }
-        if isinstance(args, Mapping):
-            raise TypeError(f"Invalid args: {shown(args)}; an object with attributes is allowed, not a dict")
-        check_algorithm({key: getattr(args, key) for key in _ARGS_OF_OTHERS if hasattr(args, key)})
-        defaults.update((key, getattr(args, key)) for key in STATE_OPTIONS if hasattr(args, key))
-        super().__init__(params, check_group(defaults))
+        _check_no_model(params)
+        super().__init__(params, check_group({**defaults, **check_args(args)}))
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -125,6 +137,8 @@ class Lion(Optimizer):
         """
         if isinstance(param_group, dict) and "params" not in param_group:
             raise ValueError("Invalid parameter group: the key 'params' is missing")
+        if isinstance(param_group, dict):
+            _check_no_model(param_group["params"])
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
@@ -139,11 +153,32 @@ class Lion(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        warn_of_misspelled(group, len(self.param_groups) - 1)
         self._leave_unscaling_to_fsdp1()
+
+    @property
+    def unscales_in_step(self) -> bool:
+        """Whether :meth:`step` unscales the gradients that a ``torch.amp.GradScaler`` has scaled (default: True).
+
+        Set it to False to leave that to the scaler, which then divides the gradients themselves, as for most other
+        optimizers: for programs that look at unscaled gradients, or that refuse optimizers which unscale them. Copies
+        and pickles keep it. With FSDP1 it is False, and stays so.
+        """
+        return self._step_supports_amp_scaling
+
+    @unscales_in_step.setter
+    def unscales_in_step(self, value: bool) -> None:
+        value = flag("unscales_in_step", value)
+        if value and self._holds_fsdp1():
+            raise ValueError("Invalid unscales_in_step value: True; FSDP1's ShardedGradScaler unscales itself")
+        self._step_supports_amp_scaling = value
+
+    def _holds_fsdp1(self) -> bool:
+        return any(getattr(p, "_fsdp_flattened", False) for group in self.param_groups for p in group["params"])
 
     def _leave_unscaling_to_fsdp1(self) -> None:
         # Its ShardedGradScaler tells all processes of an infinity only where it unscales itself.
-        if any(getattr(p, "_fsdp_flattened", False) for group in self.param_groups for p in group["params"]):
+        if self._holds_fsdp1():
             self._step_supports_amp_scaling = False
 
     @overload
@@ -342,6 +377,12 @@ class Lion(Optimizer):
             self._plans = (plan, *(kept for kept in self._plans if kept is not plan))[:_KEPT_PLANS]
 
 
+def _check_no_model(params: object) -> None:
+    """Raise if a model, or its method, was given instead of its parameters."""
+    if isinstance(params, nn.Module) or (callable(params) and not isinstance(params, Iterable)):
+        raise TypeError(f"Invalid params: {type(params).__name__}; pass model.parameters()")
+
+
 def _shortened(names: Sequence[str]) -> str:
     """Return names for a sentence, the first 20 of them if there are more."""
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
@@ -349,25 +390,22 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 class Lion8bit(Lion):
-    """:class:`Lion` with 8-bit momentum.
+    """:class:`Lion` with 8-bit momentum: about one byte a parameter.
 
-    Args:
-        params: Parameters, named parameters or parameter groups.
-        lr: Learning rate (default: 1e-4).
-        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
-        weight_decay: Decoupled weight decay (default: 0).
-        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
-        min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
-        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
-        block_wise: Quantize in blocks of 256 elements rather than whole (default: True).
-        is_paged: Keep the momentum of large parameters in memory that can be paged out (default: False).
-        master_weight_bits: As in :class:`Lion` (default: None).
-        stochastic_rounding: As in :class:`Lion` (default: False).
-        rounding_seed: As in :class:`Lion` (default: 0).
+    Example::
+
+        weight = torch.nn.Parameter(torch.randn(1000, 1000))
+        optimizer = lion.Lion8bit([weight], lr=1e-4, weight_decay=0.1)
+        weight.square().mean().backward()
+        optimizer.step()
+        assert optimizer.state[weight]["state1"].dtype == torch.uint8
+
+    Arguments as :class:`Lion`, without ``optim_bits``. Parameters with fewer than ``min_8bit_size`` elements keep
+    32-bit momentum.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        ValueError: As :class:`Lion`.
+        TypeError: As :class:`Lion`.
     """
 
     @explains_keywords
@@ -405,25 +443,22 @@ class Lion8bit(Lion):
 
 
 class Lion32bit(Lion):
-    """:class:`Lion` with 32-bit momentum.
+    """:class:`Lion` with 32-bit momentum: four bytes a parameter.
 
-    Args:
-        params: Parameters, named parameters or parameter groups.
-        lr: Learning rate (default: 1e-4).
-        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
-        weight_decay: Decoupled weight decay (default: 0).
-        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
-        min_8bit_size: As in :class:`Lion`; matters where a parameter's ``optim_bits`` is overridden (default: 4096).
-        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
-        block_wise: As in :class:`Lion`; matters where a parameter's ``optim_bits`` is overridden (default: True).
-        is_paged: Keep the momentum of large parameters in memory that can be paged out (default: False).
-        master_weight_bits: As in :class:`Lion` (default: None).
-        stochastic_rounding: As in :class:`Lion` (default: False).
-        rounding_seed: As in :class:`Lion` (default: 0).
+    Example::
+
+        weight = torch.nn.Parameter(torch.randn(1000, 1000))
+        optimizer = lion.Lion32bit([weight], lr=1e-4, weight_decay=0.1)
+        weight.square().mean().backward()
+        optimizer.step()
+        assert optimizer.state[weight]["state1"].dtype == torch.float32
+
+    Arguments as :class:`Lion`, without ``optim_bits``. ``min_8bit_size`` and ``block_wise`` matter only where
+    ``optim_bits`` is set to 8 for a group or for single parameters.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        ValueError: As :class:`Lion`.
+        TypeError: As :class:`Lion`.
     """
 
     @explains_keywords
@@ -461,25 +496,20 @@ class Lion32bit(Lion):
 
 
 class PagedLion(Lion):
-    """:class:`Lion` whose momentum, for large parameters, is in memory that can be paged out.
+    """:class:`Lion` whose momentum, for parameters of at least 100,000 elements, is in memory that can be paged out.
 
-    Args:
-        params: Parameters, named parameters or parameter groups.
-        lr: Learning rate (default: 1e-4).
-        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
-        weight_decay: Decoupled weight decay (default: 0).
-        optim_bits: Bits of the momentum, 32 or 8 (default: 32).
-        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
-        min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
-        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
-        block_wise: Quantize 8-bit momentum in blocks of 256 elements rather than whole (default: True).
-        master_weight_bits: As in :class:`Lion` (default: None).
-        stochastic_rounding: As in :class:`Lion` (default: False).
-        rounding_seed: As in :class:`Lion` (default: 0).
+    Example::
+
+        weight = torch.nn.Parameter(torch.randn(1000, 1000))
+        optimizer = lion.PagedLion([weight], lr=1e-4, optim_bits=8)
+        weight.square().mean().backward()
+        optimizer.step()
+
+    Arguments as :class:`Lion`, without ``is_paged``. The numbers are those of :class:`Lion`, bit for bit.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        ValueError: As :class:`Lion`.
+        TypeError: As :class:`Lion`.
     """
 
     @explains_keywords
@@ -517,24 +547,21 @@ class PagedLion(Lion):
 
 
 class PagedLion8bit(Lion8bit):
-    """:class:`Lion8bit` whose momentum, for large parameters, is in memory that can be paged out.
+    """:class:`Lion8bit` whose momentum, for parameters of at least 100,000 elements, can be paged out.
 
-    Args:
-        params: Parameters, named parameters or parameter groups.
-        lr: Learning rate (default: 1e-4).
-        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
-        weight_decay: Decoupled weight decay (default: 0).
-        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
-        min_8bit_size: Parameters with fewer elements keep 32-bit momentum (default: 4096).
-        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
-        block_wise: Quantize in blocks of 256 elements rather than whole (default: True).
-        master_weight_bits: As in :class:`Lion` (default: None).
-        stochastic_rounding: As in :class:`Lion` (default: False).
-        rounding_seed: As in :class:`Lion` (default: 0).
+    Example::
+
+        weight = torch.nn.Parameter(torch.randn(1000, 1000))
+        optimizer = lion.PagedLion8bit([weight], lr=1e-4, weight_decay=0.1)
+        weight.square().mean().backward()
+        optimizer.step()
+
+    Arguments as :class:`Lion`, without ``optim_bits`` and ``is_paged``. The numbers are those of :class:`Lion8bit`,
+    bit for bit.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        ValueError: As :class:`Lion`.
+        TypeError: As :class:`Lion`.
     """
 
     @explains_keywords
@@ -570,24 +597,21 @@ class PagedLion8bit(Lion8bit):
 
 
 class PagedLion32bit(Lion32bit):
-    """:class:`Lion32bit` whose momentum, for large parameters, is in memory that can be paged out.
+    """:class:`Lion32bit` whose momentum, for parameters of at least 100,000 elements, can be paged out.
 
-    Args:
-        params: Parameters, named parameters or parameter groups.
-        lr: Learning rate (default: 1e-4).
-        betas: Weights of the momentum in the update and in the new momentum (default: (0.9, 0.99)).
-        weight_decay: Decoupled weight decay (default: 0).
-        args: An object whose attributes replace the options of these names; see :class:`Lion` (default: None).
-        min_8bit_size: As in :class:`Lion32bit` (default: 4096).
-        percentile_clipping: Percentile of the gradient norms to clip at, 1 to 100; 100 is off (default: 100).
-        block_wise: As in :class:`Lion32bit` (default: True).
-        master_weight_bits: As in :class:`Lion` (default: None).
-        stochastic_rounding: As in :class:`Lion` (default: False).
-        rounding_seed: As in :class:`Lion` (default: 0).
+    Example::
+
+        weight = torch.nn.Parameter(torch.randn(1000, 1000))
+        optimizer = lion.PagedLion32bit([weight], lr=1e-4, weight_decay=0.1)
+        weight.square().mean().backward()
+        optimizer.step()
+
+    Arguments as :class:`Lion`, without ``optim_bits`` and ``is_paged``. The numbers are those of :class:`Lion32bit`,
+    bit for bit.
 
     Raises:
-        ValueError: If a value is not allowed.
-        TypeError: If a value has the wrong type, or a parameter's dtype or layout is not supported.
+        ValueError: As :class:`Lion`.
+        TypeError: As :class:`Lion`.
     """
 
     @explains_keywords

@@ -86,7 +86,7 @@ class GlobalOptimManager:
             TypeError: If an item is neither.
         """
         if not isinstance(params, Iterable):
-            raise TypeError(f"Invalid params: {type(params).__name__}; tensors or parameter groups are allowed")
+            raise TypeError(f"Invalid params: {type(params).__name__}; expected tensors or parameter groups")
         for item in params:
             members = item.get("params") if isinstance(item, dict) else item
             for p in members if isinstance(members, (list, tuple)) else [members]:
@@ -112,19 +112,19 @@ class GlobalOptimManager:
             ValueError: If no option is given, or an option is unknown or its value not allowed.
         """
         if not isinstance(key_value_dict, (Mapping, type(None))):
-            raise TypeError(f"Invalid key_value_dict: {shown(key_value_dict)}; a dict of options is allowed")
+            raise TypeError(f"Invalid key_value_dict: {shown(key_value_dict)}; expected a dict of options")
         config = dict(key_value_dict or {})
         if not isinstance(key, (str, type(None))):
-            raise TypeError(f"Invalid key: {shown(key)}; the name of an option is allowed")
+            raise TypeError(f"Invalid key: {shown(key)}; expected the name of an option")
         if key is not None:
             if key in config:
-                raise ValueError(f"Invalid key: {key!r} is also in key_value_dict; one of them is allowed")
+                raise ValueError(f"Invalid key: {key!r} is also in key_value_dict; give it once")
             config[key] = value
         config = _checked(config)
         try:
             items = iter([parameters] if isinstance(parameters, Tensor) else parameters)
         except Exception as error:
-            raise TypeError(f"Invalid parameters: {shown(parameters)}; tensors are allowed") from error
+            raise TypeError(f"Invalid parameters: {shown(parameters)}; expected tensors") from error
         tensors = []
         for p in items:
             _check_tensor("parameters", p)
@@ -148,9 +148,9 @@ class GlobalOptimManager:
             ValueError: If the module has no such parameter, or an option is unknown or its value not allowed.
         """
         if not isinstance(module, nn.Module):
-            raise TypeError(f"Invalid module: {type(module).__name__}; torch.nn.Module is allowed")
+            raise TypeError(f"Invalid module: {type(module).__name__}; expected a torch.nn.Module")
         if not isinstance(param_name, str):
-            raise TypeError(f"Invalid param_name: {shown(param_name)}; a name is allowed")
+            raise TypeError(f"Invalid param_name: {shown(param_name)}; expected a name")
         if not _parameters_behind(module, param_name):
             raise ValueError(
                 f"Invalid param_name: {param_name!r}; {type(module).__name__} has no such parameter, nor any that is "
@@ -232,7 +232,7 @@ def _parameters_behind(module: nn.Module, name: str) -> list[Tensor]:
 
 def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config, Mapping):
-        raise TypeError(f"Invalid override: {shown(config)}; a dict of options is allowed")
+        raise TypeError(f"Invalid override: {shown(config)}; expected a dict of options")
     if not config:
         raise ValueError("Invalid override: no option given")
     checked = {}
@@ -240,7 +240,7 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
         if key in _IGNORED_UPSTREAM:
             warnings.warn(f"The override {key!r} has no effect on Lion, here as in bitsandbytes", stacklevel=3)
         elif key not in CHECKS:
-            raise ValueError(f"Invalid override: {shown(key)}; allowed are {', '.join(CHECKS)}")
+            raise ValueError(f"Invalid override: {shown(key)}; expected one of {', '.join(CHECKS)}")
         else:
             checked[key] = check_value(key, value)
     return checked
@@ -248,6 +248,6 @@ def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_tensor(name: str, p: object) -> None:
     if not isinstance(p, torch.Tensor):
-        raise TypeError(f"Invalid {name}: an item is {type(p).__name__}; tensors are allowed")
+        raise TypeError(f"Invalid {name}: an item is {type(p).__name__}; expected tensors")
     if not (p.is_leaf or p.retains_grad):
         raise ValueError(f"Invalid {name}: an item is computed from other tensors; give the parameters among these")

@@ -30,7 +30,7 @@ def optimizer_cls_and_kwargs(args: Any, cls: type[Lion] = Lion, **kwargs: Any) -
         ValueError: If ``args.optim_args`` is set; its options are to be given as ``kwargs``.
     """
     if not (isinstance(cls, type) and issubclass(cls, Lion)):
-        raise TypeError(f"Invalid cls: {cls!r}; a class of this package is allowed")
+        raise TypeError(f"Invalid cls: {cls!r}; expected a class of this package")
     if getattr(args, "optim_args", None):
         raise ValueError(f"Invalid optim_args: {args.optim_args!r}; give these options as keyword arguments here")
     chosen = {"lr": args.learning_rate, "weight_decay": args.weight_decay}

@@ -72,8 +72,8 @@ def _scalar(name: str, value: Any) -> Tensor | None:
     if isinstance(value, (int, float, np.number)):
         value = torch.tensor(float(value), device="cpu")
     if not isinstance(value, Tensor):
-        raise TypeError(f"Invalid {name}: {value!r}; a number or a tensor of one element is allowed")
+        raise TypeError(f"Invalid {name}: {value!r}; expected a number or a tensor of one element")
     tensor = value.to(torch.float32)
     if tensor.numel() != 1:
-        raise ValueError(f"Invalid {name}: a tensor of shape {tuple(tensor.shape)}; one element is allowed")
+        raise ValueError(f"Invalid {name}: a tensor of shape {tuple(tensor.shape)}; expected one element")
     return tensor.detach().reshape(())

@@ -67,5 +67,5 @@ def _make(name: str, on_cpu: bool) -> Backend:
 
 def _checked_name(name: str) -> str:
     if name not in NAMES:
-        raise ValueError(f"Invalid backend: {name!r}; {', '.join(NAMES)} are allowed")
+        raise ValueError(f"Invalid backend: {name!r}; expected one of {', '.join(NAMES)}")
     return name

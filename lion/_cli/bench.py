@@ -2,7 +2,11 @@
 
 Our optimizers, those other implementations of Lion that are installed, and torch's fused AdamW take steps in turns,
 and again each after other work has used the caches, as backward passes do in training.
-The bound is a loop, on a GPU a copy, that moves the bytes of a Lion step and does nothing else.
+
+"× ours" is the time over that of the optimizer here that keeps as many bits; "ns per param" a step's median time,
+"cold" the same after other work. "of bound" is how near ours come to a loop, on a GPU a copy, that moves the bytes of a
+Lion step and does nothing else. "state" and "extra" are bytes per parameter: of optimizer state, and of what memory
+grows by in the middle of a step.
 """
 
 from __future__ import annotations
@@ -12,9 +16,7 @@ import importlib
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch.optim import Optimizer
 
 from lion._cli import (
@@ -26,6 +28,8 @@ from lion._cli import (
     device_name,
     measure,
     print_json,
+    print_line,
+    print_table,
     progress_bars,
 )
 from lion._cli.measure import WORKLOADS, Summary
@@ -33,10 +37,20 @@ from lion.cpu_kernels.quantization import LOOKUPS
 
 EXAMPLES = """\
 python -m lion bench
-python -m lion bench --device cpu --threads 1 --workloads gpt2 --dtypes float32
+python -m lion bench --threads 1 --workloads gpt2 --dtypes float32
 python -m lion bench --rounds 50 --json > bench.json"""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+# Times whose quartiles are farther apart than this share of the median say more of the machine than of the step.
+MAX_SPREAD = 0.25
+
+
+DISTURBED = (
+    f"! disturbed: quartiles more than {MAX_SPREAD:.0%} of the median apart (--details), or faster than the bound; "
+    "time again on a machine that does nothing else"
+)
 
 
 class Contestant(NamedTuple):
@@ -89,6 +103,8 @@ class Row(NamedTuple):
         times_ours: Its time over that of ours; None for ours.
         state_bytes_per_parameter: Optimizer state.
         extra_bytes_per_parameter: What memory grows by in the middle of a step; None where that cannot be seen.
+        disturbed: Whether other work on the machine shows in its times: their quartiles, or those of its bound, are far
+            apart, or it was faster than its bound.
     """
 
     name: str
@@ -98,6 +114,7 @@ class Row(NamedTuple):
     times_ours: float | None
     state_bytes_per_parameter: float
     extra_bytes_per_parameter: float | None
+    disturbed: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="one,many",
         help="; ".join(f"{name}: {workload.title}" for name, workload in WORKLOADS.items()) + " (default: one,many)",
     )
+    parser.add_argument("--details", action="store_true", help="print the quartiles of the times, too")
     add_json(parser)
 
 
@@ -143,8 +161,12 @@ def run(options: argparse.Namespace) -> int:
         report = [{"workload": w, "dtype": d, "rows": [_as_dict(row) for row in rows]} for w, d, rows in results]
         print_json({"device": str(device), "where": where, "results": report})
     else:
+        print_line(where)
         for workload, dtype, rows in results:
-            _print_table(f"{WORKLOADS[workload].title}, {dtype}, {where}", rows)
+            print_line(f"\n{WORKLOADS[workload].title}, {dtype}", "bold")
+            _print_table(rows, options.details)
+        if any(row.disturbed for _, _, rows in results for row in rows):
+            print_line(f"\n{DISTURBED}")
     return 0
 
 
@@ -199,15 +221,18 @@ def measured(
     for contestant in (c for c in CONTESTANTS if c.name in states):
         name, ours, more = contestant.name, contestant.ours, extra[contestant.name]
         median = summaries[name].median
+        share = summaries[bounds[name]].median / median if name == ours else None
+        seen = [name, _cold(name), *([] if share is None else [bounds[name]])]
         rows.append(
             Row(
                 name,
                 per_parameter(name),
                 per_parameter(_cold(name)),
-                summaries[bounds[name]].median / median if name == ours else None,
+                share,
                 median / summaries[ours].median if name != ours else None,
                 states[name],
                 None if more is None else more / elements,
+                any(_is_spread(summaries[timed]) for timed in seen) or (share is not None and share > 1),
             )
         )
     return rows
@@ -221,21 +246,39 @@ def _as_dict(row: Row) -> dict[str, Any]:
     return {name: value._asdict() if isinstance(value, Summary) else value for name, value in row._asdict().items()}
 
 
-def _print_table(title: str, rows: list[Row]) -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column("Optimizer", no_wrap=True)
-    for heading in ("ns per\nparam", "quartiles", "cold", "of\nbound", "×\nours", "state\nB", "extra\nB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        median, low, high = row.ns_per_parameter
-        table.add_row(
-            row.name,
-            f"{median:.3f}",
-            f"{low:.3f}–{high:.3f}",
-            f"{row.cold_ns_per_parameter.median:.3f}",
-            "" if row.share_of_bound is None else f"{row.share_of_bound:.0%}",
-            "" if row.times_ours is None else f"{row.times_ours:.1f}",
-            f"{row.state_bytes_per_parameter:.3f}",
-            "?" if row.extra_bytes_per_parameter is None else f"{row.extra_bytes_per_parameter:.2f}",
+def _is_spread(times: Summary) -> bool:
+    return times.high - times.low > MAX_SPREAD * times.median
+
+
+def _print_table(rows: list[Row], details: bool) -> None:
+    no_mark = " " * any(row.disturbed for row in rows)
+    print_table(
+        ("optimizer", "×\nours", "ns per\nparam", "\ncold", "of\nbound", "state\nbytes", "extra\nbytes"),
+        [
+            (
+                row.name,
+                "" if row.times_ours is None else _figure(row.times_ours),
+                _figure(row.ns_per_parameter.median) + ("!" if row.disturbed else no_mark),
+                _figure(row.cold_ns_per_parameter.median),
+                "" if row.share_of_bound is None else f"{row.share_of_bound:.0%}",
+                _figure(row.state_bytes_per_parameter),
+                "?" if row.extra_bytes_per_parameter is None else _figure(row.extra_bytes_per_parameter),
+            )
+            for row in rows
+        ],
+    )
+    if details:
+        print_line("")
+        print_table(
+            ("quartiles, ns per param", "", "cold"),
+            [(row.name, _quartiles(row.ns_per_parameter), _quartiles(row.cold_ns_per_parameter)) for row in rows],
         )
-    Console().print(table)
+
+
+def _quartiles(times: Summary) -> str:
+    return f"{_figure(times.low)}–{_figure(times.high)}"
+
+
+def _figure(value: float) -> str:
+    """Return a number of at most five characters, as long as it is below 100,000."""
+    return f"{value:.{3 if value < 9.9995 else 2 if value < 99.995 else 0}f}"

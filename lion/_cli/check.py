@@ -2,7 +2,7 @@
 
 Optimizers and functions run through the public API on the CPU and on every CUDA GPU, and the same calculation is done
 with the functions of :mod:`lion.reference`. The first value whose bits differ is named and ends the check with exit
-code 1.
+code 1. The last line says what was compared, and what was not.
 """
 
 from __future__ import annotations
@@ -22,12 +22,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from lion import functional, reference
 from lion._backends import DTYPES, as_numpy, use_backend
-from lion._cli import add_json, device_name, print_json, progress_bars
+from lion._cli import (
+    add_json,
+    device_name,
+    no_gpu,
+    print_json,
+    print_line,
+    print_table,
+    progress_bars,
+)
 from lion.optimizers import Lion
 from lion.reference.clipping import HISTORY
 from lion.reference.rounding import LOW_DTYPES, Weights
@@ -130,13 +138,22 @@ def run(options: argparse.Namespace) -> int:
             result["seconds"] = round(time.perf_counter() - begin, 3)
             progress.advance(bar)
 
+    not_checked = "CPU and GPUs" if options.simulator else f"CUDA: {no_gpu()}" if no_gpu() else None
+    values = sum(result.get("values", 0) for result in results)
     if options.json:
-        print_json({"passed": difference is None, "difference": difference, "results": results})
-    else:
-        _print_tables(targets, results)
-        if difference:
-            Console(stderr=True).print(difference, style="red", markup=False, highlight=False, soft_wrap=True)
-    return 1 if difference else 0
+        report = {"passed": difference is None, "difference": difference, "values": values, "not_checked": not_checked}
+        print_json({**report, "results": results})
+        return 1 if difference else 0
+    _print_tables(targets, results)
+    if difference:
+        Console(stderr=True).print(Text(f"DIFFERENCE: {difference}", "red"), soft_wrap=True)
+        return 1
+    verdict = f"OK: {_rounded(values)} values, 0 differences"
+    if not_checked:
+        what, _, why = not_checked.partition(": ")
+        verdict += f"; {what} not checked" + f": {why} (try --simulator)" * bool(why)
+    print_line(verdict, "green")
+    return 0
 
 
 def _takes(feature: str, dtype: torch.dtype) -> bool:
@@ -154,21 +171,28 @@ def _targets(simulator: bool) -> list[Target]:
     ]
 
 
+def _rounded(count: int) -> str:
+    """Return a number of values in at most six characters."""
+    for unit, name in ((1_000_000, " M"), (1_000, " K")):
+        if count >= unit:
+            return f"{count / unit:.{0 if count >= 10 * unit else 1}f}{name}"
+    return str(count)
+
+
 def _print_tables(targets: list[Target], results: list[dict[str, Any]]) -> None:
-    console = Console()
     for target in targets:
         cells = {(r["feature"], r["dtype"]): r for r in results if r["device"] == target.name}
         if not cells:
             continue
         seconds = sum(r.get("seconds", 0) for r in cells.values())
-        table = Table(title=f"{target.name}: values compared, {seconds:.0f} s", title_justify="left")
-        table.add_column("")
-        for name in DTYPES.values():
-            table.add_column(name, justify="right")
+        print_line(f"{target.name}: values compared, {seconds:.0f} s", "bold")
+        rows = []
         for feature in CHECKS:
             row = [cells.get((feature, name)) for name in DTYPES.values()]
-            table.add_row(feature, *("" if r is None else f"{r['values']:,} ✓" if "values" in r else "✗" for r in row))
-        console.print(table)
+            marks = ("" if r is None else f"{_rounded(r['values'])} ✓" if "values" in r else "✗" for r in row)
+            rows.append((feature, *marks))
+        print_table(("feature", *DTYPES.values()), rows)
+        print_line("")
 
 
 def _compare(what: str, actual: Tensor, expected: Array | np.generic, block_size: int = reference.BLOCK_SIZE) -> int:

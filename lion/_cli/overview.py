@@ -14,23 +14,28 @@ from typing import Any
 
 import numba
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import lion
 from lion import cpu_kernels
 from lion._backends import CpuBackend, ReferenceBackend, for_device
+from lion._cli import no_gpu, output, print_line, spelled
 from lion._memory import paging
 from lion.cuda_kernels import launch
 
-DISTRIBUTIONS = ("numba-lion", "torch", "numba", "numba-cuda", "numpy")
+DISTRIBUTIONS = ("torch", "numba", "numba-cuda", "numpy")
 VARIABLES = ("LION_BACKEND", "NUMBA_ENABLE_CUDASIM", "NUMBA_CACHE_DIR", paging.DIRECTORY_VARIABLE)
 
 
 def found() -> dict[str, Any]:
     """Return the versions, devices, backends, environment variables that are set, and caches."""
     return {
-        "versions": {"Python": platform.python_version(), **{name: _version(name) for name in DISTRIBUTIONS}},
+        "versions": {
+            "numba-lion": lion.__version__,
+            "Python": platform.python_version(),
+            **{name: _version(name) for name in DISTRIBUTIONS},
+        },
         "devices": _devices(),
         "backends": {name: _backend(name) for name in ("cpu", "cuda")},
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -40,39 +45,39 @@ def found() -> dict[str, Any]:
     }
 
 
-def print_tables(found: dict[str, Any]) -> None:
-    """Print what was found."""
+def print_found(found: dict[str, Any]) -> None:
+    """Print what was found, what matters most first."""
+    console = output()
+    devices, backends = found["devices"], found["backends"]
+    gpus = [name for name in devices if name.startswith("cuda:")]
+    cpu = "CPU ready" if backends["cpu"]["name"] else "CPU not ready"
+    gpu = "GPU: none found"
+    if gpus:
+        gpu = f"{len(gpus)} GPUs" if len(gpus) > 1 else "GPU"
+        gpu += " ready" if backends["cuda"]["name"] else " not ready"
+    print_line(f"{cpu} · {gpu}\n", style="bold")
+
+    rows = {
+        "versions": ", ".join(f"{name} {version or 'not installed'}" for name, version in found["versions"].items())
+    }
+    for name, device in devices.items():
+        backend = backends[name.partition(":")[0]]
+        served = f"served by {backend['name']}" if backend["name"] else backend["problem"]
+        rows[name] = device if served is None else f"{device}; {served}"
+    rows.update(found["environment"])
+    for name in ("cpu", "cuda"):
+        if compiled := found[f"compiled_{name}_kernels"]:
+            size = f"{compiled['files']} files, {compiled['bytes'] / 2**20:.1f} MiB"
+            rows[f"{name} kernels"] = compiled["problem"] or f"{compiled['folder']} ({size})"
     paged = found["paged_state"]
-    caches = {
-        **{
-            f"compiled {name.upper()} kernels": compiled["problem"]
-            or f"{compiled['folder']} ({compiled['files']} files, {compiled['bytes'] / 2**20:.1f} MiB)"
-            for name in ("cpu", "cuda")
-            if (compiled := found[f"compiled_{name}_kernels"])
-        },
-        "paged state of CPU tensors": paged["problem"]
-        or f"{paged['folder']} ({paged['free_bytes'] / 2**30:.1f} GiB free)",
-    }
-    served = {
-        f"{name} tensors": backend["problem"] or f"served by {backend['name']}"
-        for name, backend in found["backends"].items()
-    }
-    sections = {
-        "Versions": {name: version or "not installed" for name, version in found["versions"].items()},
-        "Devices": found["devices"],
-        "Backends": served,
-        "Environment": found["environment"],
-        "Caches": caches,
-    }
-    console = Console()
-    for title, rows in sections.items():
-        if not rows:
-            continue
-        table = Table(title=title, title_justify="left", show_header=False)
-        for name, value in rows.items():
-            # As text: brackets in a path are no markup.
-            table.add_row(Text(name), Text(value, overflow="fold"))
-        console.print(table)
+    rows["paged state"] = paged["problem"] or f"{paged['folder']} ({paged['free_bytes'] / 2**30:.1f} GiB free)"
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, text in rows.items():
+        # As text: brackets in a path are no markup.
+        grid.add_row(Text(name, "bold"), Text(spelled(text)))
+    console.print(grid)
 
 
 def _version(name: str) -> str | None:
@@ -90,8 +95,8 @@ def _devices() -> dict[str, str]:
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.total_memory / 2**30:.0f} GiB"
         )
-    if len(devices) == 1:
-        devices["cuda"] = "torch finds no GPU"
+    if no_gpu():
+        devices["cuda"] = no_gpu()
     return devices
 
 
@@ -100,7 +105,9 @@ def _backend(device: str) -> dict[str, str | None]:
     try:
         backend = for_device(torch.device(device))
     except (RuntimeError, ValueError) as error:
-        return {"name": None, "problem": str(error)}
+        # Without a GPU no driver is missing.
+        is_moot = device == "cuda" and no_gpu() and "CUDA driver" in str(error)
+        return {"name": None, "problem": None if is_moot else str(error)}
     names = {CpuBackend: "lion.cpu_kernels", ReferenceBackend: "lion.reference"}
     simulator = " in Numba's simulator" * launch.simulated()
     return {"name": names.get(type(backend), f"lion.cuda_kernels{simulator}"), "problem": None}

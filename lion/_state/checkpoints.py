@@ -159,6 +159,22 @@ def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Map
         raise ValueError(f"Invalid state_dict: its 'param_names' have {first[1]!r} where {first[0]!r} is needed")
 
 
+def _check_origin(saved_groups: Sequence[Mapping[str, Any]], states: Mapping[Any, Any]) -> None:
+    """Raise if a state dict is one of the many optimizers that call their momentum exp_avg.
+
+    An entry of this name that a program has put into a state of one of these optimizers is the program's.
+    """
+    for number, saved in enumerate(saved_groups):
+        for saved_id in saved["params"] if STATE_OPTIONS[0] not in saved else []:
+            state = states.get(saved_id) if isinstance(saved_id, Hashable) else None
+            if isinstance(state, Mapping) and "exp_avg" in state and "state1" not in state:
+                drop = ', drop=["exp_avg_sq"]' if "exp_avg_sq" in state else ""
+                raise ValueError(
+                    f"Invalid state_dict: group {number} is another optimizer's, with 'exp_avg' for 'state1'; "
+                    f"lion.exchange.from_exp_avg(state_dict{drop}) makes of it what is needed here"
+                )
+
+
 def _parts(
     state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], Mapping[Any, Any], dict[Any, Any]]:
@@ -172,6 +188,7 @@ def _parts(
     if counts != needed:
         raise ValueError(f"Invalid state_dict: its groups hold {counts} parameters; {needed} are needed")
     _check_names(groups, saved_groups)
+    _check_origin(saved_groups, state_dict["state"])
     ids = [saved_id for saved in saved_groups for saved_id in saved["params"]]
     if not all(isinstance(saved_id, Hashable) for saved_id in ids):
         raise ValueError("Invalid state_dict: 'params' must hold the keys of its states")

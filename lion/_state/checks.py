@@ -75,7 +75,7 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
         raise ValueError(f"Invalid state of {name}: the key 'state1' is missing")
     if state["state1"].dtype not in (torch.float32, torch.uint8):
         raise ValueError(
-            f"Invalid state of {name}: 'state1' is {state['state1'].dtype}; torch.float32 and torch.uint8 are allowed"
+            f"Invalid state of {name}: 'state1' is {state['state1'].dtype}; expected torch.float32 or torch.uint8"
         )
     kind = kind_in(state)
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
+import re
+import sys
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -25,6 +28,8 @@ def test_cpu_passes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     assert main(["check", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] and report["difference"] is None
+    assert report["values"] == sum(r["values"] for r in report["results"])
+    assert report["not_checked"].startswith("CUDA: torch finds no GPU")
     cells = {(r["feature"], r["dtype"]): r["values"] for r in report["results"]}
     # 16-bit weights train as bfloat16 alone.
     kept = [feature for feature in check.CHECKS if feature.endswith(tuple(check.WAYS_OF_KEEPING))]
@@ -46,12 +51,77 @@ def test_first_difference_is_named(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["check"]) == 1
     captured = capsys.readouterr()
-    assert "✗" in captured.out
+    assert "✗" in captured.out and "OK" not in captured.out
+    assert captured.err.startswith("DIFFERENCE: cpu, functional.quantize_blockwise, float32: ")
     assert (
         "cpu, functional.quantize_blockwise, float32: 321 elements in blocks of 64, signed map, codes: " in captured.err
     )
     assert "element 300 (block 4) is 0x" in captured.err and ", expected 0x" in captured.err
     assert "1 of 321 differ" in captured.err
+
+
+@pytest.fixture
+def two_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "FULL", SMALL)
+    monkeypatch.setattr(check, "SIMULATED", SMALL)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    names = ("32-bit", "functional.quantize_blockwise")
+    monkeypatch.setattr(check, "CHECKS", {name: check.CHECKS[name] for name in names})
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_the_last_line_is_the_verdict(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, two_features: None, cuda: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert main(["check"]) == 0
+    reason = "torch finds no GPU" + (", it is built for CPUs alone" if cuda is None else "")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(
+        rf"OK: \d+ K values, 0 differences; CUDA not checked: {reason} \(try --simulator\)", last.strip()
+    )
+
+
+def test_the_verdict_with_a_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, two_features: None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    gpu = check.Target("gpu", torch.device("cpu"), SMALL, lambda: selection.use_backend("cpu"))
+    monkeypatch.setattr(check, "_targets", lambda simulator: [gpu])
+    assert main(["check"]) == 0
+    assert re.fullmatch(r"OK: \d+ K values, 0 differences", capsys.readouterr().out.splitlines()[-1].strip())
+
+
+def test_the_verdict_of_the_simulator(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, two_features: None
+) -> None:
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
+    target = check.Target("simulator", torch.device("cpu"), SMALL, lambda: selection.use_backend("cpu"))
+    monkeypatch.setattr(check, "_targets", lambda simulator: [target])
+    assert main(["check", "--simulator"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1].strip()
+    assert re.fullmatch(r"OK: \d+ K values, 0 differences; CPU and GPUs not checked", last)
+
+
+def test_a_terminal_without_signs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, two_features: None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, "ascii"))
+    assert main(["check"]) == 0
+    sys.stdout.flush()
+    text = out.getvalue().decode("ascii")
+    assert re.search(r"32-bit +\S+ K ok +\S+ K ok +\S+ K ok\n", text) and "OK: " in text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (999, "999"), (1000, "1.0 K"), (12_345, "12 K"), (3_449_999, "3.4 M"), (10**9, "1000 M")],
+)
+def test_numbers_of_values_are_short(count: int, text: str) -> None:
+    assert check._rounded(count) == text
 
 
 @pytest.mark.parametrize("wrong", [0.5, float("nan"), -0.0])

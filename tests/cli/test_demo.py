@@ -96,14 +96,14 @@ def test_no_room_for_paged_state(
         (["--seed", "-1"], "Invalid --seed: -1; at least 0 is needed"),
         (
             ["--optimizers", "Lion,Adam"],
-            "Invalid --optimizers: 'Adam'; AdamW, Lion, Lion8bit, PagedLion8bit, Lion8bit-bf16",
+            "Invalid --optimizers: 'Adam'; expected one of AdamW, Lion, Lion8bit, PagedLion8bit, Lion8bit-bf16",
         ),
         (["--data", "missing.txt"], "Invalid --data: missing.txt; No such file"),
         (["--data", "."], "Invalid --data: .; Is a directory"),
         (["--data", "empty"], "Invalid --data: 0 characters; at least"),
         (["--out", "empty"], "Invalid --out: empty; File exists"),
         (["--device", "tpu"], "Invalid --device: tpu; "),
-        (["--device", "meta"], "Invalid --device: meta; cpu and cuda devices are supported"),
+        (["--device", "meta"], "Invalid --device: meta; expected cpu, cuda or the number of a GPU, such as cuda:0"),
         (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
     ],
 )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import lion
 from lion.__main__ import COMMANDS, main
 from lion._backends import selection
+from lion._cli import overview, spelled
 from lion.cuda_kernels import launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +42,7 @@ def found(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 def test_text(capsys: pytest.CaptureFixture[str], no_cuda: None) -> None:
     assert main([]) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     for word in (
         *COMMANDS,
         "numba-lion",
@@ -105,6 +110,116 @@ def test_help(capsys: pytest.CaptureFixture[str], command: list[str]) -> None:
     assert " ".join(["examples:\n  python -m lion", *command]) in out and "--json" in out and "exit codes:" in out
 
 
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    version = capsys.readouterr().out
+    assert version == f"numba-lion {lion.__version__}\n" and re.fullmatch(r"numba-lion \d+\.\d+\.\d+\n", version)
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_an_unknown_option_points_to_the_help_of_its_command(
+    capsys: pytest.CaptureFixture[str], command: str | None
+) -> None:
+    arguments = [] if command is None else [command]
+    with pytest.raises(SystemExit) as exit:
+        main([*arguments, "--stepz=3"])
+    assert exit.value.code == 2
+    name = " ".join(["python -m lion", *arguments])
+    assert capsys.readouterr().err == f"{name}: error: unrecognized arguments: --stepz=3; see {name} --help\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        *(
+            (name, "expected cpu, cuda or the number of a GPU, such as cuda:0")
+            for name in ("mps", "gpu", "cuda:x", "cpu:1")
+        ),
+        ("cuda", "torch finds no GPU"),
+        ("cuda:0", "torch finds no GPU"),
+    ],
+)
+@pytest.mark.parametrize("command", ["demo", "bench"])
+def test_a_device_that_is_not_there_is_one_short_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, device: str, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert main([command, f"--device={device}"]) == 2
+    assert capsys.readouterr().err == f"python -m lion {command}: error: Invalid --device: {device}; {message}\n"
+
+
+def test_a_gpu_of_a_number_that_is_too_high(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["bench", "--device", "cuda:2"]) == 2
+    assert capsys.readouterr().err.endswith("Invalid --device: cuda:2; the last GPU is cuda:1\n")
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**{key: os.environ[key] for key in os.environ if key != "COLUMNS"}, **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "lion", *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def test_terminals_without_signs(tmp_path: Path) -> None:
+    """Where the encoding is ASCII, words stand for signs, and a folder's name is shown with escapes."""
+    folder = tmp_path / "\N{LATIN SMALL LETTER E WITH ACUTE}"
+    folder.mkdir()
+    done = run(PYTHONIOENCODING="ascii", LION_PAGE_DIR=str(folder))
+    assert done.returncode == 0, done.stderr
+    assert re.match("CPU ready - (GPU|[0-9]+ GPUs)", done.stdout) and r"\xe9" in done.stdout
+    done = run("bench", "--help", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and '"x ours"' in done.stdout and done.stdout.isascii()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_signs_that_an_encoding_lacks(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    signs = "3 \N{CHECK MARK}, \N{BALLOT X}, 2 \N{MULTIPLICATION SIGN}"
+    assert spelled(signs) == (signs if encoding == "utf-8" else "3 ok, differs, 2 x")
+    times = "2 \N{MULTIPLICATION SIGN}"
+    assert spelled(times) == ("2 x" if encoding == "ascii" else times)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no signal for a reader that has gone")
+def test_a_reader_that_has_enough_ends_the_command_without_a_word() -> None:
+    for command in ([], ["--json"]):
+        program = [sys.executable, "-m", "lion", *command]
+        with subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            process.stdout.close()
+            assert process.stderr.read() == ""
+        assert process.returncode == -signal.SIGPIPE
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 8])
+def test_what_a_terminal_of_24_rows_and_80_columns_shows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, gpus: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    report = found(capsys)
+    report["devices"] = {"cpu": report["devices"]["cpu"], **({} if gpus else {"cuda": "torch finds no GPU"})}
+    report["devices"] |= {f"cuda:{i}": "H100, compute capability 9.0, 80 GiB" for i in range(gpus)}
+    served = {"name": "lion.cuda_kernels", "problem": None} if gpus else {"name": None, "problem": None}
+    report["backends"]["cuda"] = served
+    report["environment"] = {}
+    for kind in ("cpu", "cuda"):
+        report[f"compiled_{kind}_kernels"] = {"folder": "/home/me/kernels", "files": 1, "bytes": 1, "problem": None}
+    monkeypatch.setattr(overview, "found", lambda: report)
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ready = {0: "GPU: none found", 1: "GPU ready", 8: "8 GPUs ready"}[gpus]
+    assert lines[0].rstrip() == f"CPU ready \N{MIDDLE DOT} {ready}"
+    assert lines[-1] == "python -m lion COMMAND --help shows the options of a command."
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 24 + max(0, gpus - 2)
+    assert "driver" not in "".join(lines)
+
+
 @pytest.mark.parametrize("arguments", [["--json", "check"], ["check", "--json"]])
 def test_json_before_and_after_the_command(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     monkeypatch.setattr(COMMANDS["check"], "run", lambda options: 7 if options.json else 0)
@@ -133,5 +248,5 @@ def test_unusable_backend(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     monkeypatch.setenv("LION_BACKEND", "gpu")
     assert main([command, "--device", "cpu"]) == 2
     assert capsys.readouterr().err == (
-        f"python -m lion {command}: error: Invalid backend: 'gpu'; reference, cpu, cuda are allowed\n"
+        f"python -m lion {command}: error: Invalid backend: 'gpu'; expected one of reference, cpu, cuda\n"
     )

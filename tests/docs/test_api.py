@@ -5,12 +5,18 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from torch.optim import Optimizer
+
+import lion
+from lion import reference
 
 API = Path(__file__).parents[2] / "docs" / "api"
 # The modules that users and contributors call, each with the page of its package.
@@ -42,7 +48,7 @@ def documented(page: str) -> set[str]:
     for line in (API / f"{page}.md").read_text().splitlines():
         if found := re.match(r"\.\. (?:currentmodule|automodule):: (\S+)", line):
             module = found[1]
-        elif found := re.match(r"\.\. auto(?:function|class|data):: ([\w.]+)", line):
+        elif found := re.match(r"\.\. (?:auto(?:function|class)|py:data):: ([\w.]+)", line):
             names.add(found[1] if "." in found[1] else f"{module}.{found[1]}")
         elif line.strip() == ":members:":
             names.update(f"{module}.{name}" for name, _ in public(importlib.import_module(module)))
@@ -80,7 +86,7 @@ def undocumented(value: Any, name: str) -> list[str]:
         doc = inspect.getdoc(function) or ""
         if not doc:
             missing.append(f"{full_name} has no docstring")
-        if other := re.search(r"[Aa]rguments as :func:`(\w+)`", doc):
+        if other := re.search(r"[Aa]rguments as :(?:func|class):`(\w+)`", doc):
             doc = inspect.getdoc(getattr(inspect.getmodule(function), other[1])) or ""
         parameters = [p for p in inspect.signature(function).parameters if p not in ("self", "cls")]
         missing += [f"{full_name}: {p}" for p in parameters if not re.search(rf"^\s+\*{{0,2}}{p}: ", doc, re.MULTILINE)]
@@ -103,3 +109,35 @@ def test_a_missing_argument_would_be_noticed() -> None:
         """
 
     assert undocumented(function, "function") == ["function: forgotten"]
+
+
+CLASSES = [value for _, value in public(lion) if inspect.isclass(value) and issubclass(value, Optimizer)]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_the_example_of_a_class_runs(cls: type[Optimizer]) -> None:
+    source = re.search(r"Example::\n\n((?:    .*\n|\n)+)", inspect.getdoc(cls) or "")
+    assert source and f"lion.{cls.__name__}(" in source[1]
+    exec(textwrap.dedent(source[1]), {"torch": torch, "lion": lion})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_a_class_fixes_is_named(cls: type[Optimizer]) -> None:
+    """A class that has not all of Lion's arguments says which are missing, and describes none again."""
+    doc = " ".join((inspect.getdoc(cls) or "").split())
+    missing = [
+        name for name in inspect.signature(lion.Lion).parameters if name not in inspect.signature(cls).parameters
+    ]
+    if missing:
+        assert f"Arguments as :class:`Lion`, without {' and '.join(f'``{name}``' for name in missing)}." in doc
+        assert "Args:" not in doc
+
+
+def test_values_of_data_are_right() -> None:
+    for page in {*MODULES.values()}:
+        text = (API / f"{page}.md").read_text()
+        for name, kind, value in re.findall(r"\.\. py:data:: (\w+)\n +:type: (\w+)\n +:value: (\S+)\n", text):
+            found = getattr(reference, name)
+            assert (type(found).__name__, repr(found)) == (kind, value)
+        assert "autodata" not in text
+    assert "py:data:: BLOCK_SIZE" in (API / "reference.md").read_text()

@@ -119,7 +119,7 @@ def test_gradient_scaler(make: Variant, finite: bool, unscale_first: bool) -> No
     )
     by_hand = make((other := copy.deepcopy(model)).parameters(), **OPTIONS)
     if unscale_first:
-        optimizer.optimizer._step_supports_amp_scaling = False
+        optimizer.optimizer.unscales_in_step = False
     x, y = make_data()[0]
     torch.manual_seed(2)
     scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
@@ -131,7 +131,7 @@ def test_gradient_scaler(make: Variant, finite: bool, unscale_first: bool) -> No
         nn.functional.mse_loss(other(x), y).backward()
         by_hand.step()
     assert scaler.get_scale() == (1024.0 if finite else 512.0)
-    # A skip within the step is not seen by accelerate; docs/training.md says what to do.
+    # A skip within the step is not seen by accelerate; docs/trainers.md says what to do.
     assert optimizer.step_was_skipped == (unscale_first and not finite)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert_same_bits(p, q)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -188,3 +190,23 @@ def test_bitsandbytes_groups_have_an_eps():
 def test_kept_entries_have_names():
     with pytest.raises(ValueError, match="Invalid keep: .*'qmap1'"):
         exchange.to_exp_avg(lion.Lion(make_params("float32")).state_dict(), keep=["step", "qmap1"])
+
+
+@pytest.mark.parametrize(("cls", "drop"), [(torch.optim.AdamW, ["exp_avg_sq"]), (PlainLion, [])])
+def test_the_state_dict_of_another_optimizer_names_what_converts_it(cls, drop):
+    params = make_params("float32")
+    other = cls(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    other.step()
+    saved, optimizer = other.state_dict(), lion.Lion8bit(params)
+    call = f"lion.exchange.from_exp_avg(state_dict{', drop=' + str(drop) if drop else ''})".replace("'", '"')
+    with pytest.raises(ValueError, match=re.escape(f"'exp_avg' for 'state1'; {call} makes of it what is needed here")):
+        optimizer.load_state_dict(saved)
+    assert not optimizer.state
+    for group in saved["param_groups"]:  # as in optimi's Lion
+        group["beta1"], group["beta2"] = group.pop("betas")
+    with pytest.raises(ValueError, match=re.escape(call)):
+        optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(exchange.from_exp_avg(saved, drop=drop))
+    assert len(optimizer.state) == len(params)

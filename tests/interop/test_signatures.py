@@ -56,3 +56,10 @@ def test_function(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_manager(name):
     assert plain_signature(getattr(lion.GlobalOptimManager, name)) == METHODS[name]
+
+
+def test_the_module_of_the_optimizers_is_called_optim():
+    """Programs write ``bitsandbytes.optim.Lion8bit`` and ``bitsandbytes.optim.GlobalOptimManager``."""
+    names = [*CLASSES, "GlobalOptimManager"]
+    assert sorted(lion.optim.__all__) == sorted(names)
+    assert all(getattr(lion.optim, name) is getattr(lion, name) for name in names)

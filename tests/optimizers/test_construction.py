@@ -128,7 +128,7 @@ INVALID = [
     ({"lr": -1}, ValueError, "Invalid learning rate: -1"),
     ({"lr": -1e-9}, ValueError, "Invalid learning rate: -1e-09"),
     ({"lr": NAN}, ValueError, "Invalid learning rate: nan"),
-    ({"lr": INF}, ValueError, "Invalid learning rate: inf; at least 0 and finite"),
+    ({"lr": INF}, ValueError, "Invalid learning rate: inf; expected a finite number, at least 0"),
     ({"lr": 1e39}, ValueError, r"Invalid learning rate: 1e\+39; it must be finite in float32"),
     ({"lr": "fast"}, TypeError, "Invalid learning rate: 'fast'"),
     ({"lr": "0.1"}, TypeError, "Invalid learning rate: '0.1'"),
@@ -154,7 +154,7 @@ INVALID = [
     ({"betas": None}, TypeError, "Invalid betas: None"),
     ({"weight_decay": -1}, ValueError, "Invalid weight_decay value: -1"),
     ({"weight_decay": NAN}, ValueError, "Invalid weight_decay value: nan"),
-    ({"weight_decay": INF}, ValueError, "Invalid weight_decay value: inf; at least 0 and finite"),
+    ({"weight_decay": INF}, ValueError, "Invalid weight_decay value: inf; expected a finite number, at least 0"),
     (
         {"lr": 1e30, "weight_decay": 1e30},
         ValueError,
@@ -168,6 +168,10 @@ INVALID = [
     ({"percentile_clipping": 101}, ValueError, "Invalid percentile_clipping value: 101"),
     ({"percentile_clipping": -5}, ValueError, "Invalid percentile_clipping value: -5"),
     ({"percentile_clipping": 5.5}, (TypeError, ValueError), "Invalid percentile_clipping value: 5.5"),
+    ({"percentile_clipping": 0.95}, ValueError, r"value: 0.95; expected an integer from 1 to 100; did you mean 95\?"),
+    ({"percentile_clipping": 0.001}, ValueError, "value: 0.001; expected an integer from 1 to 100(?!;)"),
+    ({"percentile_clipping": NAN}, ValueError, "value: nan; expected an integer from 1 to 100(?!;)"),
+    ({"percentile_clipping": True}, TypeError, "value: True; .*since 0.50, is_paged is the argument at this place"),
     ({"percentile_clipping": None}, TypeError, "Invalid percentile_clipping value: None"),
     ({"block_wise": None}, TypeError, "Invalid block_wise value: None"),
     ({"block_wise": "no"}, TypeError, "Invalid block_wise value: 'no'"),
@@ -231,7 +235,7 @@ def test_the_first_option_that_a_group_has_lost_is_named(index):
 def test_values_beyond_200_characters_are_cut_in_errors(length, shown):
     with pytest.raises(TypeError) as caught:
         lion.Lion([parameter(2)], lr="x" * length)
-    assert str(caught.value) == f"Invalid learning rate: {shown}; a number is allowed"
+    assert str(caught.value) == f"Invalid learning rate: {shown}; expected a number"
 
 
 @pytest.mark.parametrize("cls", [lion.Lion, lion.PagedLion])
@@ -262,6 +266,57 @@ def test_invalid_option_of_a_group(kwargs, error, message):
 def test_unknown_argument(cls, name):
     with pytest.raises(TypeError, match=name):
         cls([parameter(2)], **{name: 1})
+
+
+@pytest.mark.parametrize(("cls", "place"), [(lion.Lion, 7), (lion.Lion8bit, 6), (lion.Lion32bit, 6)])
+def test_is_paged_at_its_place_in_bitsandbytes(cls, place):
+    arguments = list(inspect.signature(cls).parameters.values())
+    given = [[parameter(2)], *(argument.default for argument in arguments[1:place]), True]
+    with pytest.raises(TypeError, match="In bitsandbytes since 0.50, is_paged is the argument at this place"):
+        cls(*given)
+
+
+MODELS = [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2).parameters]
+
+
+@every_class
+@pytest.mark.parametrize("model", MODELS, ids=["module", "iterable module", "method"])
+def test_a_model_instead_of_its_parameters(cls, model):
+    name = type(model).__name__
+    for params in (model, [{"params": model}]):
+        with pytest.raises(TypeError, match=rf"Invalid params: {name}; pass model.parameters\(\)"):
+            cls(params)
+
+
+@pytest.mark.parametrize(
+    ("key", "option"),
+    [
+        *(("weight_deacy", "weight_decay"), ("weightdecay", "weight_decay"), ("beta", "betas"), ("bettas", "betas")),
+        *(("percentile_cliping", "percentile_clipping"), ("optim_bit", "optim_bits"), ("blockwise", "block_wise")),
+    ],
+)
+def test_a_misspelled_option_of_a_group(key, option):
+    with pytest.warns(
+        UserWarning, match=f"The key '{key}' of group 1 has no effect; did you mean '{option}'"
+    ) as caught:
+        optimizer = lion.Lion8bit([{"params": [parameter(2)]}, {"params": [parameter(2)], key: 0.5}])
+        set_gradients([p for group in optimizer.param_groups for p in group["params"]], 0)
+        optimizer.step()
+    assert len(caught) == 1
+
+
+@every_class
+def test_a_misspelled_argument(cls):
+    with pytest.raises(TypeError, match=f"{cls.__name__} has no option 'weight_deacy'; did you mean 'weight_decay'"):
+        cls([parameter(2)], weight_deacy=0.1)
+
+
+@pytest.mark.filterwarnings("error")
+def test_keys_that_are_no_misspelled_option():
+    keys = ("initial_lr", "max_lr", "min_lr", "swa_lr", "lr_scale", "base_momentum", "max_momentum", "eps", "fused")
+    more = ("decoupled_weight_decay", "weight_decouple", "param_names", "name", "beta1", "wd_scale")
+    group = {key: None for key in (*keys, *more)}
+    lion.Lion([{**group, "params": [("weight", parameter(2))]}])
 
 
 def test_numbers_of_other_types_are_numbers():

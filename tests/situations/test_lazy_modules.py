@@ -152,3 +152,17 @@ def test_steps_in_backward_need_the_dry_run() -> None:
     train(other, plain, 2)
     for q, r in zip(model.parameters(), other.parameters(), strict=True):
         assert_same_bits(q, r)
+
+
+def test_float32_state_dicts_need_the_dry_run() -> None:
+    model = lazy(torch.bfloat16)
+    optimizer = lion.Lion8bit(model.parameters(), master_weight_bits=24)
+    name = next(iter(model.state_dict()))
+    with pytest.raises(ValueError, match=f"Invalid model: '{name}' has no shape yet; its module has to run once"):
+        lion.exchange.float32_state_dict(model, optimizer)
+    saved = {key: torch.zeros(3) for key in model.state_dict()}
+    with pytest.raises(ValueError, match=f"Invalid model: '{name}' has no shape yet; its module has to run once"):
+        lion.exchange.load_float32_state_dict(model, optimizer, saved)
+    model(inputs(torch.bfloat16))
+    found = lion.exchange.float32_state_dict(model, optimizer)
+    assert {value.dtype for value in found.values()} == {torch.float32}

@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["exchange", "functional", "in_backward", "optimizers", "overrides", "reference", "trainer"]
+    "name", ["exchange", "functional", "in_backward", "optim", "optimizers", "overrides", "reference", "trainer"]
 )
 def test_a_module_is_there_after_importing_the_package(name: str) -> None:
     code = f"import sys, lion; assert lion.{name} is sys.modules['lion.{name}']"

@@ -226,13 +226,31 @@ def test_the_same_algorithm_and_keys_of_a_program(name: str) -> None:
     assert_same_bits(train(optimizer), train(lion.Lion([parameter(600)])))
 
 
-@pytest.mark.parametrize(("key", "value"), [("max_unorm", 0.5), ("skip_zeros", True)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_unorm", 0.5),
+        ("skip_zeros", True),
+        ("maximize", True),
+        ("amsgrad", True),
+        ("cautious", True),
+        ("decoupled_weight_decay", False),
+        ("fused", True),
+        ("foreach", True),
+        ("capturable", np.True_),
+    ],
+)
 def test_args(key: str, value: Any) -> None:
-    """bitsandbytes reads these two from `args`."""
-    with pytest.raises(ValueError, match=f"{key}="):
-        lion.Lion([parameter(3)], args=types.SimpleNamespace(**{key: value}))
-    args = types.SimpleNamespace(max_unorm=0.0, skip_zeros=False, momentum=0.9, optim_bits=8)
-    assert lion.Lion([parameter(3)], args=args).param_groups[0]["optim_bits"] == 8
+    """bitsandbytes reads the first two from `args`; the constructor refuses the others as keywords."""
+    with pytest.raises(ValueError, match=f"Invalid args: {key}=.* has no counterpart in Lion.*leave it out or set it"):
+        lion.Lion8bit([parameter(3)], args=types.SimpleNamespace(**{key: value}))
+
+
+def test_args_of_a_program_with_several_optimizers() -> None:
+    same = types.SimpleNamespace(max_unorm=0.0, skip_zeros=False, maximize=None, fused=False, eps=1e-8, optim_bits=8)
+    assert lion.Lion([parameter(3)], args=same).param_groups[0]["optim_bits"] == 8
+    others = types.SimpleNamespace(momentum=0.9, nesterov=True, lr_decay=0.1, optim_bits=8)
+    assert lion.Lion([parameter(3)], args=others).param_groups[0]["optim_bits"] == 8
 
 
 KEYWORDS = {

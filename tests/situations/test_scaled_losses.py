@@ -115,3 +115,48 @@ def test_it_stays_when_a_checkpoint_is_loaded() -> None:
     optimizer._step_supports_amp_scaling = False
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer._step_supports_amp_scaling is False
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_unscaling_can_be_left_to_the_scaler(cls: type[lion.Lion], way: str) -> None:
+    optimizer = cls([parameter(5000)], lr=1e-2)
+    assert optimizer.unscales_in_step is True
+    optimizer.unscales_in_step = False
+    for other in (optimizer, COPIES[way](optimizer)):
+        assert other.unscales_in_step is False and other._step_supports_amp_scaling is False
+        [p] = other.param_groups[0]["params"]
+        p.grad = None
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaled_backward(scaler, p, torch.full((5000,), 0.5))
+        scaler.step(other)
+        assert_same_bits(p.grad, torch.full((5000,), 0.5))
+    optimizer.unscales_in_step = True
+    assert optimizer._step_supports_amp_scaling is True
+
+
+def test_scaled_gradients_stay_where_the_step_unscales() -> None:
+    p = parameter(5000)
+    optimizer = lion.Lion8bit([p], lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaled_backward(scaler, p, torch.full((5000,), 0.5))
+    scaler.step(optimizer)
+    assert_same_bits(p.grad, torch.full((5000,), 4.0))
+
+
+@pytest.mark.parametrize("value", [None, "no", 2])
+def test_who_unscales_is_a_truth_value(value: Any) -> None:
+    optimizer = lion.Lion([parameter(3)])
+    with pytest.raises(TypeError, match="Invalid unscales_in_step value: .*; expected True or False"):
+        optimizer.unscales_in_step = value
+    assert optimizer.unscales_in_step is True
+
+
+def test_unscaling_stays_with_the_scaler_of_fsdp1() -> None:
+    p = parameter(3)
+    p._fsdp_flattened = True
+    optimizer = lion.Lion([p])
+    assert optimizer.unscales_in_step is False
+    with pytest.raises(ValueError, match="Invalid unscales_in_step value: True; FSDP1's ShardedGradScaler unscales"):
+        optimizer.unscales_in_step = True
+    assert optimizer.unscales_in_step is False
