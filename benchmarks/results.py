@@ -90,6 +90,12 @@ def print_growth(runs: Runs) -> None:
     print()
 
 
+def panels(cpu: Runs, gpu: Runs) -> dict[str, Rows]:
+    """Return what the picture shows, by machine."""
+    one = TITLES["one"]
+    return {"AMD EPYC (Zen 4), 2 threads": cpu[one, "bfloat16", 2], "NVIDIA H100": gpu[one, "bfloat16", 0]}
+
+
 def draw(panels: dict[str, Rows]) -> str:
     """Return an SVG of how many times as long as ours others take, a group of bars per machine."""
     peers = {
@@ -134,9 +140,7 @@ def main() -> None:
     print_growth(cpu_runs("cpu-epyc-zen4-sizes.json"))
     print("## GPU\n")
     print_tables(gpu)
-    one = TITLES["one"]
-    panels = {"AMD EPYC (Zen 4), 2 threads": cpu[one, "bfloat16", 2], "NVIDIA H100": gpu[one, "bfloat16", 0]}
-    PICTURE.write_text(draw(panels), encoding="utf-8")
+    PICTURE.write_text(draw(panels(cpu, gpu)), encoding="utf-8")
     print(f"wrote {PICTURE}")
 
 
