@@ -174,6 +174,12 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def panels(cpu: Runs, gpu: Runs) -> dict[str, Rows]:
+    """Return what the picture shows, by machine."""
+    one = TITLES["one"]
+    return {"AMD EPYC (Zen 4), 2 threads": cpu[one, "bfloat16", 2], "NVIDIA H100": gpu[one, "bfloat16", 0]}
+
+
 def draw(panels: dict[str, Rows]) -> str:
     """Return an SVG of how many times as long as ours others take, a group of bars per machine."""
     peers = {
@@ -219,10 +225,8 @@ def main() -> None:
         if after != before:
             page.write_text(after, encoding="utf-8")
             print(f"wrote {page}")
-    one = TITLES["one"]
-    cpu, gpu = cpu_runs("cpu-epyc-zen4.json"), gpu_runs()
-    panels = {"AMD EPYC (Zen 4), 2 threads": cpu[one, "bfloat16", 2], "NVIDIA H100": gpu[one, "bfloat16", 0]}
-    PICTURE.write_text(draw(panels), encoding="utf-8")
+    picture = draw(panels(cpu_runs("cpu-epyc-zen4.json"), gpu_runs()))
+    PICTURE.write_text(picture, encoding="utf-8")
     print(f"wrote {PICTURE}")
     for name in TRAININGS:
         if (FOLDER / f"{name}.json").exists():

@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> int:
 
     targets = _targets(options.simulator)
     results: list[dict[str, Any]] = []
-    difference = None
+    difference, verdict = None, "OK"
     with progress_bars() as progress:
         cells = [(feature, dtype) for feature in CHECKS for dtype in DTYPES if _takes(feature, dtype)]
         bar = progress.add_task("", total=len(targets) * len(cells))
@@ -134,6 +134,7 @@ def run(options: argparse.Namespace) -> int:
                     result["values"] = sum(CHECKS[feature](target, dtype))
             except (Difference, RuntimeError, ValueError, OSError) as error:
                 difference = f"{target.name}, {feature}, {DTYPES[dtype]}: {error}"
+                verdict = "DIFFERENCE" if isinstance(error, Difference) else "FAILED"
                 break
             result["seconds"] = round(time.perf_counter() - begin, 3)
             progress.advance(bar)
@@ -146,13 +147,11 @@ def run(options: argparse.Namespace) -> int:
         return 1 if difference else 0
     _print_tables(targets, results)
     if difference:
-        Console(stderr=True).print(Text(f"DIFFERENCE: {difference}", "red"), soft_wrap=True)
+        Console(stderr=True).print(Text(f"{verdict}: {difference}", "red"), soft_wrap=True)
         return 1
-    verdict = f"OK: {_rounded(values)} values, 0 differences"
-    if not_checked:
-        what, _, why = not_checked.partition(": ")
-        verdict += f"; {what} not checked" + f": {why} (try --simulator)" * bool(why)
-    print_line(verdict, "green")
+    what, _, why = (not_checked or "").partition(": ")
+    missing = f"; {what} not checked" * bool(what) + f": {why} (try --simulator)" * bool(why)
+    print_line(f"{verdict}: {_rounded(values)} values, 0 differences{missing}", "green")
     return 0
 
 

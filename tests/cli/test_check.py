@@ -152,7 +152,8 @@ def test_gpu_without_numba_cuda(
 
     monkeypatch.setattr(launch, "require", missing)
     assert main(["check"]) == 1
-    assert "CUDA tensors need numba-cuda, which is not installed" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error == "FAILED: gpu, 32-bit, float32: CUDA tensors need numba-cuda, which is not installed\n"
 
 
 @pytest.mark.skipif(launch.simulated(), reason="the simulator needs nothing of what is missing")

@@ -27,8 +27,8 @@ BENCH = ("bench", "--device", "cpu", "--workloads", "one,many", "--dtypes", "bfl
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
-def machine(gpus: int) -> Patch:
-    """Return what makes the overview find a machine with as many GPUs."""
+def machine(gpus: int, problem: str | None = None) -> Patch:
+    """Return what makes the overview find a machine with as many GPUs, and a reason why nothing serves them."""
     folder = "/home/user/projects/language-models/venv/lib/python3.13/site-packages/lion"
     kernels = {"files": 18, "bytes": 3 << 20, "problem": None}
     devices = {"cpu": "Linux x86_64, 8 threads"}
@@ -36,16 +36,16 @@ def machine(gpus: int) -> Patch:
     found = {
         "versions": {
             **{"numba-lion": "0.1.0", "Python": "3.13.5", "torch": "2.13.0+cu130", "numba": "0.68.1"},
-            **{"numba-cuda": "0.30.4" if gpus else None, "numpy": "2.4.6"},
+            **{"numba-cuda": "0.30.4" if gpus and not problem else None, "numpy": "2.4.6"},
         },
         "devices": devices if gpus else {**devices, "cuda": "torch finds no GPU"},
         "backends": {
             "cpu": {"name": "lion.cpu_kernels", "problem": None},
-            "cuda": {"name": "lion.cuda_kernels" if gpus else None, "problem": None},
+            "cuda": {"name": "lion.cuda_kernels" if gpus and not problem else None, "problem": problem},
         },
         "environment": {"LION_PAGE_DIR": "/scratch"} if gpus else {},
         "compiled_cpu_kernels": {"folder": f"{folder}/cpu_kernels/__pycache__", **kernels},
-        "compiled_cuda_kernels": {"folder": f"{folder}/cuda_kernels/__pycache__", **kernels} if gpus else None,
+        "compiled_cuda_kernels": {"folder": f"{folder}/cuda_kernels/__pycache__", **kernels} if gpus > 1 else None,
         "paged_state": {"folder": "/tmp", "free_bytes": 100 << 30, "problem": None},
     }
     return lambda patch: patch.setattr(overview, "found", lambda: found)
@@ -109,6 +109,7 @@ def as_it_is(patch: pytest.MonkeyPatch) -> None:
 CASES: dict[str, tuple[tuple[str, ...], Patch]] = {
     "overview": ((), machine(0)),
     "overview-gpus": ((), machine(2)),
+    "overview-not-ready": ((), machine(1, 'CUDA tensors need numba-cuda: pip install "numba-lion[cu13]"')),
     "version": (("--version",), as_it_is),
     "help": (("--help",), as_it_is),
     "help-demo": (("demo", "--help"), as_it_is),
@@ -137,7 +138,8 @@ def printed(
 ) -> str:
     """Return what a command prints, errors last, and its exit code."""
     with monkeypatch.context() as changed:
-        changed.delenv("COLUMNS", raising=False)
+        for variable in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):
+            changed.delenv(variable, raising=False)
         if columns:
             changed.setenv("COLUMNS", str(columns))
         changed.setenv("LINES", "24")
