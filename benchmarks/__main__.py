@@ -7,11 +7,8 @@ writes benchmark.json and benchmark.png.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import importlib.metadata
 import json
-import platform
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -24,18 +21,15 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
+from benchmarks.machine import machine
 from benchmarks.peers import BETAS, LR, WEIGHT_DECAY, peers
 from benchmarks.remote import Remote
 from lion import Lion, Lion8bit
-from lion._cli import device_name, measure
+from lion._cli import measure
 from lion._cli.check import WAYS_OF_KEEPING
 from lion._cli.measure import WORKLOADS, Workload
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DISTRIBUTIONS = (
-    *("numba-lion", "torch", "numba", "numpy", "bitsandbytes", "bitsandbytes-cpu-fork", "lion-pytorch"),
-    *("torch-optimi", "pytorch-optimizer", "timm", "flashoptim", "torchao"),
-)
 Make = Callable[[list[nn.Parameter]], Any]
 OURS: dict[str, Make] = {
     "numba-lion Lion": partial(Lion, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY),
@@ -60,7 +54,8 @@ def main() -> int:
             for workload in _workloads(options):
                 for dtype in options.dtypes:
                     runs += _measure(workload, dtype, device, options, remote, skipped, progress)
-                    report = {**machine(device), "rounds": options.rounds, "skipped": skipped, "runs": runs}
+                    settings = {"rounds": options.rounds, "cold": options.cold}
+                    report = {**machine(device), **settings, "skipped": skipped, "runs": runs}
                     (options.out / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
     finally:
         if remote is not None:
@@ -83,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on a CPU (default: 1 2)")
     parser.add_argument("--rounds", type=int, default=11, help="timed steps of each contestant (default: 11)")
+    parser.add_argument("--cold", action="store_true", help="each step after other work has used the caches")
     parser.add_argument("--only", nargs="+", default=[], help="contestants whose name contains one of these")
     parser.add_argument("--fork-python", help="Python of an environment that holds bitsandbytes-cpu-fork")
     parser.add_argument("--no-picture", dest="picture", action="store_false", help="as without matplotlib")
@@ -125,7 +121,8 @@ def _measure(
         sizes[name] = {"state": measure.state_bytes(optimizer.state) / workload.elements}
         if extra is not None:
             sizes[name]["peak_extra"] = extra / workload.elements
-    timers = {name: measure.timer(step, device) for name, step in steps.items()}
+    before = measure.other_work(device) if options.cold else lambda: None
+    timers = {name: measure.timer(step, device, before) for name, step in steps.items()}
     if remote is not None:
         remote.ask(do="make", dtype=dtype, shapes=workload.shapes)
         timers.update({name: partial(remote.ask, do="step", name=name) for name in remote.ask(do="names")})
@@ -200,26 +197,6 @@ def _table(result: dict[str, Any]) -> Table:
             ),
         )
     return table
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return the date, the processor or the GPU, and the versions of what is compared."""
-    versions = {}
-    for name in DISTRIBUTIONS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "machine": device_name(device) if device.type == "cuda" else models[0] if models else platform.processor(),
-        "processors": len(models),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:

@@ -10,7 +10,7 @@ from lion._cli.measure import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(__file__).resolve().parent / "results"
-PICTURE = ROOT / "docs" / "images" / "speed.png"
+PICTURE = ROOT / "docs" / "images" / "speed.svg"
 DTYPES = ("float32", "float16", "bfloat16")
 OURS = ("Lion", "Lion8bit")
 TITLES = {name: workload.title for name, workload in WORKLOADS.items()}
@@ -66,7 +66,7 @@ def print_tables(runs: Runs) -> None:
             rows = [runs[key][name] for key in keys]
             cells = [f"{row['median'] * elements / 1e6:.3g}; {row['share']:.0%}" for row in rows]
             print(f"| `{name}` | {' | '.join(cells)} | {rows[0]['extra']:.2f} |")
-        print(f"\n| time, in ours | {' | '.join(heads)} | state B | extra B |")
+        print(f"\n| × slower than numba-lion | {' | '.join(heads)} | state B | extra B |")
         print("| --- |" + " ---: |" * (len(keys) + 2))
         for name in dict.fromkeys(name for key in keys for name in runs[key] if name not in OURS):
             found = [runs[key].get(name) for key in keys]
@@ -90,27 +90,41 @@ def print_growth(runs: Runs) -> None:
     print()
 
 
-def draw(cpu: Rows, gpu: Rows) -> None:
-    """Draw the times of one large tensor, on a CPU and on a GPU."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, rows, title in zip(axes, (cpu, gpu), ("AMD EPYC (Zen 4), 2 threads", "NVIDIA H100"), strict=True):
-        names = sorted(rows, key=lambda name: rows[name]["median"])
-        times = [rows[name]["median"] * WORKLOADS["one"].elements / 1e6 for name in names]
-        colors = ["tab:orange" if name in OURS else "0.7" for name in names]
-        bars = axis.barh([f"numba-lion {name}" if name in OURS else name for name in names], times, color=colors)
-        axis.bar_label(bars, [f"{t:.3f}" if t < 1 else f"{t:.1f}" if t < 100 else f"{t:.0f}" for t in times], padding=3)
-        axis.set(xscale="log", title=title, xlabel="milliseconds per step (log scale)")
-        axis.set_xlim(times[0] / 3, times[-1] * 2.5)
-        axis.minorticks_off()
-        axis.invert_yaxis()
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("One bfloat16 tensor of 16 million elements: shorter is faster")
-    figure.savefig(PICTURE, dpi=110)
+def draw(panels: dict[str, Rows]) -> str:
+    """Return an SVG of how many times as long as ours others take, a group of bars per machine."""
+    peers = {
+        title: {name: row["times"] for name, row in rows.items() if name not in OURS} for title, rows in panels.items()
+    }
+    width = 360
+    scale = (width - 70) / max(times for others in peers.values() for times in others.values())
+    shapes = ['<text class="title" x="8" y="18">Time of a step: numba-lion is 1</text>']
+    shapes.append('<text x="8" y="36">16 million bfloat16 elements; shorter is faster</text>')
+    y = 40
+    for title, others in peers.items():
+        y += 26
+        shapes.append(f'<text class="title" x="8" y="{y}">{title}</text>')
+        bars = [("numba-lion", 1.0), *sorted(others.items(), key=lambda bar: bar[1])]
+        for name, times in bars:
+            y += 34
+            length, kind = times * scale, ' class="ours"' if name == "numba-lion" else ""
+            shapes.append(f'<text x="8" y="{y - 12}">{name}</text>')
+            shapes.append(f'<rect{kind} x="8" y="{y - 7}" width="{length:.1f}" height="9" rx="1.5"/>')
+            shapes.append(f'<text x="{length + 13:.1f}" y="{y + 2}">{times:.3g}×</text>')
+        y += 14
+    label = "; ".join(
+        f"{title}: " + ", ".join(f"{name} {times:.2g}" for name, times in others.items())
+        for title, others in peers.items()
+    )
+    # On the site the colours follow the theme; elsewhere, what the reader's system prefers.
+    style = (
+        ".speed{--ink:var(--color-foreground-primary,#1f2328);--ours:var(--color-brand-primary,#9a4a00)}"
+        "@media(prefers-color-scheme:dark){.speed{--ink:var(--color-foreground-primary,#e6edf3);"
+        "--ours:var(--color-brand-primary,#f0a35c)}}"
+        ".speed text{fill:var(--ink);font:13px sans-serif}.speed .title{font-weight:600}"
+        ".speed rect{fill:#8b949e}.speed .ours{fill:var(--ours)}"
+    )
+    head = f'<svg class="speed picture" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {y}" width="480"'
+    return "\n".join([f'{head} role="img" aria-label="{label}">', f"<style>{style}</style>", *shapes, "</svg>", ""])
 
 
 def main() -> None:
@@ -120,7 +134,9 @@ def main() -> None:
     print_growth(cpu_runs("cpu-epyc-zen4-sizes.json"))
     print("## GPU\n")
     print_tables(gpu)
-    draw(cpu[TITLES["one"], "bfloat16", 2], gpu[TITLES["one"], "bfloat16", 0])
+    one = TITLES["one"]
+    panels = {"AMD EPYC (Zen 4), 2 threads": cpu[one, "bfloat16", 2], "NVIDIA H100": gpu[one, "bfloat16", 0]}
+    PICTURE.write_text(draw(panels), encoding="utf-8")
     print(f"wrote {PICTURE}")
 
 

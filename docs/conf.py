@@ -22,13 +22,18 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "sphinx_reredirects",
 ]
 exclude_patterns = ["_build", "_diagrams", "**.ipynb_checkpoints"]
+
+# Old addresses lead to the pages that took over.
+redirects = {"faq": "troubleshooting.html"}
 
 html_theme = "furo"
 html_title = "numba-lion"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["tables.js"]
 html_show_sphinx = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#9a4a00", "color-brand-content": "#9a4a00"},

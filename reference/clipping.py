@@ -24,9 +24,9 @@ def squared_norm(grad: npt.NDArray[np.generic], inv_scale: np.float32 = UNSCALED
     The flat gradient, every element multiplied by ``inv_scale``, is cut into chunks of 4096 elements, the last one
     filled up with zeros::
 
-        lane[j]  = ((g[j]² + g[j + 256]²) + g[j + 512]²) + ...     256 float32 lanes, 16 terms each
-        partial  = lanes added in adjacent pairs, then the sums in adjacent pairs, ... until one is left
-        total[k] = partial[k] + partial[k + 32] + ...              32 float64 lanes over the chunks
+        lane[j]  = ((g[j]² + g[j + 256]²) + ...    256 float32 lanes, 16 terms each
+        partial  = lanes added in adjacent pairs, their sums likewise, to the last
+        total[k] = partial[k] + partial[k + 32] + ...  32 float64 lanes of chunks
         norm²    = totals added in adjacent pairs likewise, rounded once to float32
 
     Args:

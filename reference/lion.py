@@ -75,12 +75,13 @@ def update_32bit(
     ::
 
         g        = float32(grad) * inv_scale * scale
-        c        = beta1 * momentum + (1 - beta1) * g            two products, then one sum
-        param    = round(float32(param) * decay - lr * sign(c))  one rounding to the parameter's dtype
+        c        = beta1 * momentum + (1 - beta1) * g
+        param    = round(float32(param) * decay - lr * sign(c))
         momentum = beta2 * momentum + (1 - beta2) * g
 
-    with sign(±0) = 0 and sign(NaN) = NaN. The rounding is to nearest even unless ``weights`` says otherwise; with
-    ``Master`` weights, ``float32(param)`` is the master value, and ``round`` splits it.
+    with sign(±0) = 0 and sign(NaN) = NaN. ``c`` and ``momentum`` are two products, then one sum. The parameter is
+    rounded once to its dtype, to nearest even unless ``weights`` says otherwise; with ``Master`` weights,
+    ``float32(param)`` is the master value, and ``round`` splits it.
 
     Args:
         param: The parameter, float32, float16 or bfloat16, any shape.

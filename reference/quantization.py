@@ -98,8 +98,8 @@ def quantize_blockwise(
     For a block ``x``::
 
         absmax = max |x|
-        r      = 1 / absmax                                      one division a block
-        code   = number of thresholds strictly below x * r       nearest entry, ties to the lower code
+        r      = 1 / absmax                                  one division a block
+        code   = number of thresholds strictly below x * r   ties to the lower code
 
     A block whose absmax is below the smallest normal float32 is stored as zeros: absmax 0 and the code of 0.
     A block that holds a NaN or an infinity is stored as absmax NaN and the code of 0: it reads back as NaN.

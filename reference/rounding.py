@@ -69,7 +69,7 @@ def split(values: Float32Array, bits: int) -> tuple[Array, Array]:
 
     With ``b`` the bits of a value::
 
-        32: high = (b + 0x8000) >> 16                   the nearest bfloat16, ties away from zero
+        32: high = (b + 0x8000) >> 16         to nearest, ties away from zero
             low  = b - (high << 16)
         24: r    = b rounded to its upper 24 bits, to nearest even
             high = (r + 0x80) >> 8
@@ -149,9 +149,9 @@ def philox4x32(counter: Uint32Array, key: Uint32Array, rounds: int = ROUNDS) -> 
 
     ::
 
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]                        64 bits: high and low word
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]   64 bits: high and low word
         c    = high(b) ^ c[1] ^ k[0], low(b), high(a) ^ c[3] ^ k[1], low(a)
-        k    = k[0] + 0x9E3779B9, k[1] + 0xBB67AE85                        modulo 2**32, after each round
+        k    = k[0] + 0x9E3779B9, k[1] + 0xBB67AE85   modulo 2**32, after a round
 
     Args:
         counter: uint32 array of shape (..., 4).

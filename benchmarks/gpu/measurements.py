@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.__main__ import machine
 from benchmarks.gpu.variants import VARIANTS
+from benchmarks.machine import machine
 from benchmarks.peers import BETAS, LR, WEIGHT_DECAY
 from lion import Lion, Lion8bit, PagedLion8bit
 from lion._cli import measure, overview

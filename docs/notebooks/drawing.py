@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-BLUE, ORANGE, GREEN, RED, VIOLET, GREY = "#3b86d1", "#e07b1a", "#2f9e5f", "#d6455a", "#8b6fd0", "#8a8a8a"
+BLUE, ORANGE, GREEN = "#3b86d1", "#e07b1a", "#2f9e5f"
+RED, VIOLET, GREY = "#d6455a", "#8b6fd0", "#8a8a8a"
 
 # Text and lines are drawn in a colour that nothing else has, which becomes the page's text colour.
 INK = "#010203"
@@ -25,7 +26,9 @@ STYLE = {
     "axes.edgecolor": INK,
     "axes.grid": True,
     "axes.labelcolor": INK,
-    "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, RED, VIOLET, GREY]),
+    "axes.prop_cycle": matplotlib.cycler(
+        color=[BLUE, ORANGE, GREEN, RED, VIOLET, GREY]
+    ),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -44,7 +47,12 @@ matplotlib.rcParams.update(STYLE)
 
 
 def axes(
-    columns: int = 1, rows: int = 1, *, height: float = 3.0, share_x: bool = False, share_y: bool = False
+    columns: int = 1,
+    rows: int = 1,
+    *,
+    height: float = 3.0,
+    share_x: bool = False,
+    share_y: bool = False,
 ) -> tuple[Figure, Any]:
     """Return a figure of the pages' width and its axes.
 
@@ -74,7 +82,9 @@ def show(figure: Figure, alt: str) -> HTML:
         if labels and ax.get_legend() is None:
             ax.legend()
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+    )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -95,11 +105,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> HTML:
         return f"<{tag}>{html.escape(text)}</{tag}>"
 
     head = "".join(cell("th", name) for name in header)
-    body = "".join("<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(cell("td", value) for value in row) + "</tr>" for row in rows
+    )
     return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
-def hits(ax: Axes, found: npt.NDArray[np.bool_], rows: Sequence[str], columns: Sequence[str]) -> None:
+def hits(
+    ax: Axes, found: npt.NDArray[np.bool_], rows: Sequence[str], columns: Sequence[str]
+) -> None:
     """Draw a table of what was found: a filled field for a hit, an empty one for a miss.
 
     Args:
@@ -113,7 +127,11 @@ def hits(ax: Axes, found: npt.NDArray[np.bool_], rows: Sequence[str], columns: S
         place, width, height = (column - 0.46, row - 0.42), 0.92, 0.84
         ax.add_patch(
             Rectangle(
-                place, width, height, facecolor=GREEN if hit else "none", edgecolor=GREEN if hit else RED
+                place,
+                width,
+                height,
+                facecolor=GREEN if hit else "none",
+                edgecolor=GREEN if hit else RED,
             )
         )
         colour = "white" if hit else INK
@@ -135,20 +153,67 @@ def hits(ax: Axes, found: npt.NDArray[np.bool_], rows: Sequence[str], columns: S
         spine.set_visible(False)
 
 
-def lanes(ax: Axes, elements: npt.NDArray[Any], title: str) -> None:
+def lanes(ax: Axes, elements: npt.NDArray[Any], width: int, title: str) -> None:
     """Draw which lane of a warp touches which element: lanes on y, elements on x, one colour a load.
 
     Args:
         ax: Where to draw.
-        elements: int array of shape (loads, lanes): the first element that a lane touches with a load; negative where
-            it touches none.
+        elements: int array of shape (loads, lanes): the first element that a lane touches with a load.
+        width: Elements that a lane touches with a load.
         title: Title of the drawing.
     """
-    for row in elements:
-        active = row >= 0
-        ax.plot(row[active], np.flatnonzero(active), ".", markersize=3)
+    colours = (BLUE, ORANGE, GREEN, RED)
+    for load, row in enumerate(elements):
+        ax.hlines(
+            range(row.size), row, row + width, colors=colours[load % 4], linewidth=2.5
+        )
     ax.invert_yaxis()
-    ax.set(title=title, xlabel="element", ylabel="lane")
+    ax.set(title=title, ylabel="lane", xlim=(-2, 258))
+
+
+def levels(
+    ax: Axes, rows: Mapping[str, tuple[Sequence[str], int]], notes: Sequence[str]
+) -> None:
+    """Draw what consists of what: each row is one field of the row above, opened.
+
+    Args:
+        ax: Where to draw.
+        rows: By name, the names of the fields and which of them the next row opens.
+        notes: What is said below each row.
+    """
+    for row, ((names, opened), note) in enumerate(
+        zip(rows.values(), notes, strict=True)
+    ):
+        last, width = row == len(rows) - 1, 1 / len(names)
+        for place, name in enumerate(names):
+            lit = place == opened and not last
+            field = Rectangle(
+                (place * width, row), width, 0.42, facecolor=BLUE if lit else "none"
+            )
+            field.set_edgecolor(BLUE)
+            ax.add_patch(field)
+            ax.text(
+                (place + 0.5) * width,
+                row + 0.21,
+                name,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if lit else INK,
+            )
+        ax.text(1, row + 0.47, note, ha="right", va="top", fontsize=9)
+        if not last:
+            for begin, end in ((opened * width, 0), ((opened + 1) * width, 1)):
+                ax.plot(
+                    [begin, end], [row + 0.42, row + 1], ":", color=BLUE, linewidth=1
+                )
+    ax.set_yticks([row + 0.21 for row in range(len(rows))], list(rows))
+    ax.set_xticks([])
+    ax.set(xlim=(-0.01, 1.01), ylim=(len(rows) - 0.3, -0.1))
+    ax.grid(False)
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
 
 
 def bits(ax: Axes, rows: Mapping[str, Sequence[str]]) -> None:
@@ -163,7 +228,12 @@ def bits(ax: Axes, rows: Mapping[str, Sequence[str]]) -> None:
         for part, colour in zip(parts, (BLUE, ORANGE), strict=False):
             for bit in part:
                 one = bit == "1"
-                field = Rectangle((column - 0.45, row - 0.36), 0.9, 0.72, facecolor=colour if one else "none")
+                field = Rectangle(
+                    (column - 0.45, row - 0.36),
+                    0.9,
+                    0.72,
+                    facecolor=colour if one else "none",
+                )
                 field.set_edgecolor(colour)
                 ax.add_patch(field)
                 ax.text(

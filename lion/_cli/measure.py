@@ -63,6 +63,7 @@ def gpt2_small_shapes() -> list[tuple[int, ...]]:
 WORKLOADS = {
     "one": Workload("one tensor of 16M elements", [(1 << 24,)]),
     "gpt2": Workload("GPT-2 small, 148 tensors, 124M elements", gpt2_small_shapes()),
+    "thirty": Workload("30 tensors, 1M elements", [(33_333,)] * 30),
     "many": Workload("1,000 tensors of 1,000 elements", [(1000,)] * 1000),
 }
 

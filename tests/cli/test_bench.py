@@ -132,7 +132,7 @@ def test_figures_have_at_most_five_characters(value: float, text: str) -> None:
         (["--rounds", "0"], "Invalid --rounds: 0; at least 1 is needed"),
         (["--threads", "0"], "Invalid --threads: 0; at least 1 is needed"),
         (["--dtypes", "float64"], "Invalid --dtypes: 'float64'; expected one of float32, float16, bfloat16"),
-        (["--workloads", "two"], "Invalid --workloads: 'two'; expected one of one, gpt2, many"),
+        (["--workloads", "two"], "Invalid --workloads: 'two'; expected one of one, gpt2, thirty, many"),
         (["--device", "tpu"], "Invalid --device: tpu; "),
     ],
 )

@@ -31,19 +31,24 @@ def test_results(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) 
     report = demo(capsys, "--data", text, "--out", str(tmp_path / "out"))
     results = {result["optimizer"]: result for result in report["results"]}
     assert list(results) == ["AdamW", "Lion", "Lion8bit", "PagedLion8bit", "Lion8bit-bf16"]
-    assert results["AdamW"]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
-    assert results["Lion"]["state_bytes_per_parameter"] == pytest.approx(4, abs=0.01)
+    state = {name: result["state_bytes"] / result["parameters"] for name, result in results.items()}
+    assert state["AdamW"] == pytest.approx(8, abs=0.01)
+    assert state["Lion"] == pytest.approx(4, abs=0.01)
     for name, low in (("Lion8bit", 0), ("PagedLion8bit", 0), ("Lion8bit-bf16", 1)):
-        assert 1 < results[name]["state_bytes_per_parameter"] - low < 1.1
+        assert 1 < state[name] - low < 1.1
         assert results[name]["held_out_loss"] == pytest.approx(results["Lion"]["held_out_loss"], rel=0.02)
     assert results["Lion8bit"]["curve"] == results["PagedLion8bit"]["curve"]
     for name, result in results.items():
-        assert result["weight_bytes_per_parameter"] == (2 if name == "Lion8bit-bf16" else 4)
+        assert result["weight_bytes"] == (2 if name == "Lion8bit-bf16" else 4) * result["parameters"]
     starts = {result["curve"][0][1] for result in results.values()}
     assert len(starts) == 1
     for result in results.values():
         assert result["held_out_loss"] < result["curve"][0][1]
         assert result["milliseconds_per_step"] > 0
+        assert 0 < result["share_of_training"] < 1
+        if result["peak_bytes"] is not None:  # on Linux
+            # The step holds weights, state and all gradients at once.
+            assert result["peak_bytes"] > 2 * result["weight_bytes"] + result["state_bytes"]
 
 
 def test_seed_decides(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
@@ -60,6 +65,8 @@ def test_table_and_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path, t
     assert main(["demo", *TINY, "--data", text, "--out", str(tmp_path), "--optimizers", "Lion,AdamW"]) == 0
     out = capsys.readouterr().out
     assert "AdamW" in out and "Lion8bit" not in out
+    last = " ".join(out.split()).rpartition("┘ ")[2]
+    assert last.startswith("Lion trains with 8.0 bytes of weights and state per parameter where AdamW needs 12.0")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

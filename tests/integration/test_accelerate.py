@@ -131,7 +131,7 @@ def test_gradient_scaler(make: Variant, finite: bool, unscale_first: bool) -> No
         nn.functional.mse_loss(other(x), y).backward()
         by_hand.step()
     assert scaler.get_scale() == (1024.0 if finite else 512.0)
-    # A skip within the step is not seen by accelerate; docs/training.md says what to do.
+    # A skip within the step is not seen by accelerate; docs/trainers.md says what to do.
     assert optimizer.step_was_skipped == (unscale_first and not finite)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert_same_bits(p, q)

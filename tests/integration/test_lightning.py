@@ -146,7 +146,7 @@ def test_float16_with_a_scaler(make: Variant, clip: float | None, tmp_path: Path
 
 @pytest.mark.parametrize("make", [Variant(torch.optim.AdamW, {"fused": True}), CHOSEN["Lion"]], ids=["AdamW", "Lion"])
 def test_clipping_in_mixed_precision_is_refused_by_lightning(make: Variant, tmp_path: Path) -> None:
-    # Also of torch's own optimizers that unscale in the step; docs/training.md says what to do.
+    # Also of torch's own optimizers that unscale in the step; docs/trainers.md says what to do.
     module = Module(make)
     module.configure_optimizers = lambda: make(module.parameters())  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):

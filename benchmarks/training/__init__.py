@@ -1,0 +1,1 @@
+"""Trainings side by side: loss, memory and speed of a model with several optimizers, over rates and seeds."""
