@@ -12,6 +12,7 @@ import torch
 
 from lion.__main__ import COMMANDS, main
 from lion._cli import bench, check, demo
+from lion._cli.measure import WORKLOADS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text(encoding="utf-8")
 
@@ -62,3 +63,7 @@ def test_keys_of_the_demo() -> None:
     names = {*demo.Result._fields, "held_out_loss", "device", "parameters", "steps", "seed", "results"}
     assert not {name for name in names if f"`{name}`" not in section("demo")}
     assert all(f"`{name}`" in section("demo") for name in demo.OPTIMIZERS)
+
+
+def test_workloads() -> None:
+    assert all(f"`{name}` (" in section("bench") for name in WORKLOADS)

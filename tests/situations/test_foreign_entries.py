@@ -286,8 +286,13 @@ def test_the_momentum_of_another_project_is_not_taken_for_an_entry() -> None:
     p = parameter(300)
     group = {"params": [0], "lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}
     for state in ({"exp_avg": torch.ones(300)}, {"exp_avg": torch.ones(300), "step": torch.tensor(3.0)}):
-        with pytest.raises(ValueError, match="parameter 0 of group 0: the key 'state1' is missing"):
+        with pytest.raises(
+            ValueError, match="group 0 is another optimizer's, with 'exp_avg' for 'state1'; lion.exchange"
+        ):
             lion.Lion([p]).load_state_dict({"state": {0: state}, "param_groups": [group]})
+    other = {"momentum_buffer": torch.ones(300)}
+    with pytest.raises(ValueError, match="parameter 0 of group 0: the key 'state1' is missing"):
+        lion.Lion([p]).load_state_dict({"state": {0: other}, "param_groups": [group]})
 
 
 @every_kind

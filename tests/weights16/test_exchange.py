@@ -169,7 +169,7 @@ def test_what_does_not_fit_changes_nothing(change, match):
 def test_other_optimizers_and_states_are_refused():
     model = nn.Linear(3, 3)
     for call in (exchange.float32_state_dict, lambda *args: exchange.load_float32_state_dict(*args, {})):
-        with pytest.raises(TypeError, match="Invalid optimizer: SGD; one of this package"):
+        with pytest.raises(TypeError, match="Invalid optimizer: SGD; expected one of this package"):
             call(model, torch.optim.SGD(model.parameters()))
     with pytest.raises(TypeError, match="Invalid state: list"):
         exchange.load_float32_state_dict(model, lion.Lion(model.parameters()), [])
