@@ -99,6 +99,30 @@ def test_stop_and_resume(way: str, make: Variant, tmp_path: Path) -> None:
     assert_same_training(resumed, whole)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"master_weight_bits": 24}, {"master_weight_bits": 32}, {"stochastic_rounding": True, "rounding_seed": 5}],
+    ids=str,
+)
+@pytest.mark.parametrize("cls", [lion.Lion, lion.Lion8bit])
+def test_bfloat16_weights_stop_and_resume(cls: type[lion.Lion], options: dict[str, Any], tmp_path: Path) -> None:
+    def trainer(folder: Path) -> Any:
+        args = arguments(folder, save_strategy="steps", save_steps=3, learning_rate=1e-5)
+        model = make_model(dropout=0.1).to(torch.bfloat16)
+        chosen = optimizer_cls_and_kwargs(args, cls, **options)
+        return transformers.Trainer(model, args, train_dataset=examples(), optimizer_cls_and_kwargs=chosen)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    trainer(tmp_path / "stopped").train()
+    resumed = trainer(tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / "checkpoint-3"))
+    assert_same_training(resumed, whole)
+    for one, other in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert one.dtype == torch.bfloat16
+        assert torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
 @some_classes
 @pytest.mark.parametrize(
     "more",
