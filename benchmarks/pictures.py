@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +16,10 @@ WIDTH = 4.9
 INK = "#010203"
 OURS, OTHERS, QUIET = "#e07b1a", "#3b86d1", "#8a8a8a"
 COLORS = (OTHERS, "#8b6fd0", "#2f9e5f", OURS, "#d6455a", "#1a9aa8", "#b08a00", "#c25bb0", QUIET, "#555f6b")
+# On the site the colours follow the theme; elsewhere, what the reader's system prefers.
 MODES = (
-    "<style>:root{--ink:#1f2328}@media (prefers-color-scheme: dark){:root{--ink:#d5d9de}}text{font-family:sans-serif}"
-    "</style>"
+    "<style>.benchmark{--ink:var(--color-foreground-primary,#1f2328)}@media(prefers-color-scheme:dark)"
+    "{.benchmark{--ink:var(--color-foreground-primary,#e6edf3)}}.benchmark text{font-family:sans-serif}</style>"
 )
 STYLE = {
     "axes.edgecolor": INK,
@@ -50,14 +52,20 @@ def figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path, label: str) -> None:
     """Write a figure as SVG, the same bytes for the same figure.
 
     Args:
         figure: What ``figure`` returned.
         path: The file.
+        label: What it shows, for who cannot see it.
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    head, _, body = buffer.getvalue().partition("<defs>")
-    path.write_text(f"{head}{MODES}\n <defs>{body}".replace(INK, "var(--ink)"))
+    drawing = buffer.getvalue()
+    drawing = drawing[drawing.index("<svg") :].replace(INK, "var(--ink)")
+    opened = f'<svg class="benchmark picture" role="img" aria-label="{html.escape(label)}"'
+    head, _, body = drawing.replace("<svg", opened, 1).partition("<defs>")
+    # A blank line would end the block of HTML that a page includes it as.
+    lines = f"{head}{MODES}\n<defs>{body}".splitlines()
+    path.write_text("\n".join(line for line in lines if line.strip()) + "\n", encoding="utf-8")

@@ -1,11 +1,17 @@
-"""The stored results as Markdown tables and one picture: ``python -m benchmarks.results``."""
+"""What the pages show of the stored results: ``python -m benchmarks.results`` writes it into them.
+
+In a page, ``<!-- results: NAME -->`` begins a block and ``<!-- end -->`` ends it. The pictures are drawn, too.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training import report
+from benchmarks.training.store import Store
 from lion._cli.measure import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,6 +19,11 @@ FOLDER = Path(__file__).resolve().parent / "results"
 PICTURE = ROOT / "docs" / "images" / "speed.svg"
 DTYPES = ("float32", "float16", "bfloat16")
 OURS = ("Lion", "Lion8bit")
+PATHS = ("cpu-epyc-zen4-avx2.json", "cpu-epyc-zen4-avx512.json")
+TRAININGS = ("training-tiny", "training-small", "finetuning")
+# The contestants that README and the first page show.
+FIRST = ("AdamW", "AdamW, bf16", "Lion8bit", "Lion8bit, bf16 + 24 bits")
+BLOCK = re.compile(r"(<!-- results: (.*?) -->)\n.*?(<!-- end -->)", re.DOTALL)
 TITLES = {name: workload.title for name, workload in WORKLOADS.items()}
 Rows = dict[str, dict[str, Any]]
 Runs = dict[tuple[str, str, int], Rows]  # by workload, dtype and threads, 0 on a GPU
@@ -54,40 +65,119 @@ def gpu_runs() -> Runs:
     return runs
 
 
-def print_tables(runs: Runs) -> None:
-    """Print, for each workload, ours against the bound and the others against ours."""
+def tables(runs: Runs) -> str:
+    """Return, for each workload, ours against the bound and the others against ours."""
+    text = []
     for workload in dict.fromkeys(key[0] for key in runs):
         keys = [key for key in runs if key[0] == workload]
         elements = next(w.elements for w in WORKLOADS.values() if w.title == workload)
         heads = [f"{dtype}, {threads}" if threads else dtype for _, dtype, threads in keys]
-        print(f"### {workload}\n\n| ms per step; share of the bound | {' | '.join(heads)} | extra B |")
-        print("| --- |" + " ---: |" * (len(keys) + 1))
+        ours, others = [], []
         for name in OURS:
             rows = [runs[key][name] for key in keys]
             cells = [f"{row['median'] * elements / 1e6:.3g}; {row['share']:.0%}" for row in rows]
-            print(f"| `{name}` | {' | '.join(cells)} | {rows[0]['extra']:.2f} |")
-        print(f"\n| × slower than numba-lion | {' | '.join(heads)} | state B | extra B |")
-        print("| --- |" + " ---: |" * (len(keys) + 2))
+            ours.append([f"`{name}`", *cells, f"{rows[0]['extra']:.2f}"])
         for name in dict.fromkeys(name for key in keys for name in runs[key] if name not in OURS):
             found = [runs[key].get(name) for key in keys]
-            cells = [f"{row['times']:.3g}" if row else "" for row in found]
             first = next(row for row in found if row)
+            cells = [f"{row['times']:.3g}" if row else "" for row in found]
             sizes = ["" if first[key] is None else f"{first[key]:.2f}" for key in ("state", "extra")]
-            print(f"| {name} | {' | '.join(cells + sizes)} |")
-        print()
+            others.append([name, *cells, *sizes])
+        text.append(f"#### {workload}")
+        text.append(markdown(["ms per step; share of the bound", *heads, "extra B"], ours))
+        text.append(markdown(["× slower than numba-lion", *heads, "state B", "extra B"], others))
+    return "\n\n".join(text)
 
 
-def print_growth(runs: Runs) -> None:
-    """Print how the cost of ours grows with the size of a single tensor."""
+def growth(runs: Runs) -> str:
+    """Return how the cost of ours grows with the size of a single tensor."""
     threads = sorted({key[2] for key in runs})
-    heads = [f"`{name}`, {count}" for name in OURS for count in threads]
-    print(f"| float32, ms per step | {' | '.join(heads)} |\n| --- |" + " ---: |" * len(heads))
+    cells = []
     for workload in dict.fromkeys(key[0] for key in runs):
         elements = int(workload.split()[3].replace(",", ""))
         found = [runs.get((workload, "float32", count), {}).get(name) for name in OURS for count in threads]
-        cells = [f"{row['median'] * elements / 1e6:.3g}" if row else "" for row in found]
-        print(f"| {elements:,} elements | {' | '.join(cells)} |")
-    print()
+        cells.append([f"{elements:,} elements", *(f"{r['median'] * elements / 1e6:.3g}" if r else "" for r in found)])
+    return markdown(["float32, ms per step", *(f"`{name}`, {count}" for name in OURS for count in threads)], cells)
+
+
+def paths() -> str:
+    """Return what a parameter costs by the instructions of a processor, and with each way of keeping weights."""
+    measurements = [json.loads((FOLDER / name).read_text()) for name in PATHS]
+    names: dict[tuple[str, str], list[str]] = {}
+    for measurement in measurements:
+        for run in measurement["runs"]:
+            for name, row in run["rows"].items():
+                if not name.startswith("bound"):
+                    cells = names.setdefault((run["dtype"], name.removeprefix("numba-lion ")), [])
+                    cells.append(f"{row['nanoseconds_per_parameter']['median']:.2f}")
+    cells = [[f"{dtype}: {name}", *numbers] for (dtype, name), numbers in names.items()]
+    return markdown(["ns per parameter", *(measurement["lookups"] for measurement in measurements)], cells)
+
+
+def markdown(headings: list[str], cells: list[list[str]]) -> str:
+    """Return a table, its first column to the left and the others to the right."""
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def measured(name: str) -> str:
+    """Return a sentence on where and when a file was measured."""
+    report = json.loads((FOLDER / name).read_text())
+    found = report["machines"] if "machines" in report else [report]
+    days = sorted({machine["date"] for machine in found})
+    commits = ", ".join(sorted({f"`{machine['commit']}`" for machine in found if machine.get("commit")}))
+    versions = ", ".join(f"{key} {value}" for key, value in found[-1]["versions"].items() if key != "numba-lion")
+    on = f"{found[-1]['machine']}, {found[-1]['processors']} processors"
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    return f"`{name}`: {on}; {when}{f'; commit {commits}' if commits else ''}; {versions}."
+
+
+def trainings(name: str) -> dict[str, str]:
+    """Return the blocks of a training's file: where, the tables, and the few rows that a reader sees first."""
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        return {}
+    store = Store(path)
+    found = {f"{name} where": measured(path.name)}
+    found.update({f"{name}: {title}": markdown(headings, cells) for title, headings, cells in report.tables(store)})
+    chosen = [row for row in report.rows(store, report.batch_sizes(store)[0]) if row.contestant.name in FIRST]
+    headings, cells = report.results_table(chosen)
+    wanted = [headings.index(heading) for heading in ("", "peak MiB", "state B", "held-out loss")]
+    found[f"{name} first"] = markdown([headings[i] for i in wanted], [[line[i] for i in wanted] for line in cells])
+    return found
+
+
+def blocks() -> dict[str, str]:
+    """Return what the pages show of the stored results, by the names in their comments."""
+    found = {
+        "cpu": tables(cpu_runs("cpu-epyc-zen4.json")),
+        "cpu where": measured("cpu-epyc-zen4.json"),
+        "sizes": growth(cpu_runs("cpu-epyc-zen4-sizes.json")),
+        "gpu": tables(gpu_runs()),
+    }
+    if all((FOLDER / name).exists() for name in PATHS):
+        found["paths"] = paths()
+        found["paths where"] = " ".join(measured(name) for name in PATHS)
+    for name in TRAININGS:
+        found.update(trainings(name))
+    return found
+
+
+def rewritten(text: str) -> str:
+    """Return a page with its blocks as the stored results give them; KeyError for a block that there is none for."""
+    known = blocks()
+    return BLOCK.sub(lambda match: f"{match[1]}\n\n{known[match[2]]}\n\n{match[3]}", text)
+
+
+def pages() -> list[Path]:
+    """Return the pages that may have blocks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def panels(cpu: Runs, gpu: Runs) -> dict[str, Rows]:
+    """Return what the picture shows, by machine."""
+    one = TITLES["one"]
+    return {"AMD EPYC (Zen 4), 2 threads": cpu[one, "bfloat16", 2], "NVIDIA H100": gpu[one, "bfloat16", 0]}
 
 
 def draw(panels: dict[str, Rows]) -> str:
@@ -128,16 +218,20 @@ def draw(panels: dict[str, Rows]) -> str:
 
 
 def main() -> None:
-    cpu, gpu = cpu_runs("cpu-epyc-zen4.json"), gpu_runs()
-    print("## CPU\n")
-    print_tables(cpu)
-    print_growth(cpu_runs("cpu-epyc-zen4-sizes.json"))
-    print("## GPU\n")
-    print_tables(gpu)
-    one = TITLES["one"]
-    panels = {"AMD EPYC (Zen 4), 2 threads": cpu[one, "bfloat16", 2], "NVIDIA H100": gpu[one, "bfloat16", 0]}
-    PICTURE.write_text(draw(panels), encoding="utf-8")
+    """Rewrite the pages and draw the pictures."""
+    for page in pages():
+        before = page.read_text(encoding="utf-8")
+        after = rewritten(before)
+        if after != before:
+            page.write_text(after, encoding="utf-8")
+            print(f"wrote {page}")
+    picture = draw(panels(cpu_runs("cpu-epyc-zen4.json"), gpu_runs()))
+    PICTURE.write_text(picture, encoding="utf-8")
     print(f"wrote {PICTURE}")
+    for name in TRAININGS:
+        if (FOLDER / f"{name}.json").exists():
+            for picture in report.draw(Store(FOLDER / f"{name}.json"), PICTURE.parent, f"{name}-"):
+                print(f"wrote {picture}")
 
 
 if __name__ == "__main__":

@@ -119,6 +119,8 @@ class StepInBackward:
             check_group(self._optimizer.param_groups[number], number)
             raise
         states.update(stepper.state)
+        # What torch's schedulers ask before they warn that no step came before theirs.
+        vars(self._optimizer)["_opt_called"] = True
         # The states are the optimizer's, and freed with it.
         stepper.state.clear()
         p.grad = None

@@ -231,12 +231,13 @@ def show(store: Store, console: Console) -> None:
         console.print(f"not trained: {name}: {reason}", markup=False, highlight=False)
 
 
-def draw(store: Store, folder: Path) -> list[Path]:
+def draw(store: Store, folder: Path, prefix: str = "") -> list[Path]:
     """Draw the losses and the memory with the usual batch size.
 
     Args:
         store: All results.
         folder: Where loss.svg and memory.svg go.
+        prefix: Of these names (default: none).
 
     Returns:
         The files that were written; none without results.
@@ -245,9 +246,9 @@ def draw(store: Store, folder: Path) -> list[Path]:
     found = [row for row in rows(store, sizes[0]) if row.curve or row.memory] if sizes else []
     written = []
     if any(row.curve for row in found):
-        written.append(_draw_losses([row for row in found if row.curve], folder / "loss.svg"))
+        written.append(_draw_losses([row for row in found if row.curve], folder / f"{prefix}loss.svg"))
     if any(row.memory and row.memory["peak"] for row in found):
-        written.append(_draw_memory(found, folder / "memory.svg"))
+        written.append(_draw_memory(found, folder / f"{prefix}memory.svg"))
     return written
 
 
@@ -268,8 +269,9 @@ def _draw_losses(found: list[Row], path: Path) -> Path:
         axes[1].set(xlabel="seconds of training")
     for axis in axes:
         axis.grid(True)
-    figure.legend(loc="outside lower left", ncols=1, fontsize=10)
-    pictures.save(figure, path)
+    figure.legend(loc="outside lower left")
+    ends = ", ".join(f"{row.title} {row.curve[-1][1]:.3f}" for row in found)
+    pictures.save(figure, path, f"Held-out loss; at the end: {ends}")
     return path
 
 
@@ -296,5 +298,6 @@ def _draw_memory(found: list[Row], path: Path) -> Path:
     axis.margins(x=0.12)
     axis.set_ylim(len(measured) - 0.6, -0.9)
     figure.legend(loc="outside lower left", ncols=2)
-    pictures.save(figure, path)
+    peaks = ", ".join(f"{row.title} {memory['peak'] / MEBI:.0f}" for row, memory in measured)
+    pictures.save(figure, path, f"Peak memory in MiB: {peaks}")
     return path

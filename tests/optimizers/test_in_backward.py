@@ -118,9 +118,7 @@ def test_options_schedules_and_overrides_are_read_at_every_step(make: Any) -> No
         if step == 5:
             optimizer.param_groups[0]["lr"] = torch.tensor(1e-3)
 
-    # A schedule warns when the optimizer's own step was never called.
-    with pytest.warns(UserWarning, match="before `optimizer.step"):
-        both(make, before=before)
+    both(make, before=before)
 
 
 def test_states_and_options_that_are_taken_away() -> None:
@@ -212,6 +210,18 @@ def test_calling_step_as_well_changes_nothing() -> None:
     assert optimizer.step(closure) == 1.5
     (_, expected), _ = both(VARIANTS["Lion8bit"], 5)
     assert_unchanged(optimizer, snapshot(expected))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_sees_the_steps() -> None:
+    p = nn.Parameter(torch.ones(64))
+    optimizer = lion.Lion([p], lr=0.1)
+    with lion.StepInBackward(optimizer):
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for _ in range(2):
+            p.sum().backward()
+            schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.025
 
 
 def test_a_gradient_scaler_raises() -> None:

@@ -1,0 +1,32 @@
+"""Pages and pictures show the stored results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import results
+
+
+@pytest.mark.parametrize("page", results.pages(), ids=lambda page: page.relative_to(results.ROOT).as_posix())
+def test_tables_are_those_of_the_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == results.rewritten(text), "python -m benchmarks.results"
+
+
+def test_the_tables_come_from_the_results() -> None:
+    text = (results.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    changed = text.replace("| `Lion` | 9.61; 103%", "| `Lion` | 9.62; 103%")
+    assert changed != text == results.rewritten(changed)
+
+
+def test_the_picture_shows_the_stored_results() -> None:
+    drawn = results.draw(results.panels(results.cpu_runs("cpu-epyc-zen4.json"), results.gpu_runs()))
+    assert results.PICTURE.read_text(encoding="utf-8") == drawn, "python -m benchmarks.results"
+
+
+def test_bars_are_as_long_as_others_take() -> None:
+    drawing = results.draw({"a machine": {"Lion": {"times": None}, "slow": {"times": 4.0}, "slower": {"times": 29.0}}})
+    assert [f'width="{length}"' in drawing for length in ("10.0", "40.0", "290.0")] == [True] * 3
+    assert drawing.index(">slow<") < drawing.index(">slower<")
