@@ -23,6 +23,7 @@ def test_workloads() -> None:
     assert {name: w.elements for name, w in measure.WORKLOADS.items()} == {
         "one": 1 << 24,
         "gpt2": 124_439_808,
+        "thirty": 999_990,
         "many": 1_000_000,
     }
     assert len(measure.WORKLOADS["gpt2"].shapes) == 148
