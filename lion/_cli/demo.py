@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.progress import TaskID, TextColumn
-from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import AdamW, Optimizer
@@ -34,6 +33,8 @@ from lion._cli import (
     device_name,
     language_model,
     print_json,
+    print_line,
+    print_table,
     progress_bars,
 )
 from lion._cli.language_model import Shape, Transformer, learning_rate_factor, next_byte_loss
@@ -252,24 +253,23 @@ def _now(device: torch.device) -> float:
 
 
 def _print_table(results: list[Result], title: str) -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column("Optimizer")
-    for heading in ("Held-out loss\n(nats/byte)", "Peak\n(MiB)", "State\n(B/param.)", "Step\n(ms)", "of training"):
-        table.add_column(heading, justify="right")
-    for result in results:
-        table.add_row(
-            result.optimizer,
-            f"{result.held_out_loss:.4f}",
-            "" if result.peak_bytes is None else f"{result.peak_bytes / MEBI:.1f}",
-            f"{result.state_bytes / result.parameters:.3f}",
-            f"{result.milliseconds_per_step:.2f}",
-            f"{result.share_of_training:.1%}",
-        )
-    console = Console()
-    console.print(table)
-    sentence = _sentence({result.optimizer: result for result in results})
-    if sentence:
-        console.print(sentence, highlight=False)
+    print_line(title, "bold")
+    print_table(
+        ("optimizer", "held-out\nloss", "peak,\nMiB", "state,\nbytes", "step,\nms", "of\ntraining"),
+        [
+            (
+                result.optimizer,
+                f"{result.held_out_loss:.4f}",
+                "?" if result.peak_bytes is None else f"{result.peak_bytes / MEBI:.1f}",
+                f"{result.state_bytes / result.parameters:.3f}",
+                f"{result.milliseconds_per_step:.2f}",
+                f"{result.share_of_training:.1%}",
+            )
+            for result in results
+        ],
+    )
+    if sentence := _sentence({result.optimizer: result for result in results}):
+        print_line(f"\n{sentence}")
 
 
 def _sentence(results: dict[str, Result]) -> str | None:

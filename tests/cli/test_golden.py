@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lion.__main__ import main
-from lion._cli import _SPELLED, bench, check, overview
+from lion._cli import _SPELLED, bench, check, demo, overview
 from lion._cli.bench import Row, Summary
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -94,6 +94,22 @@ def checked(gpus: int, differs: str = "") -> Patch:
     return change
 
 
+def trained(patch: pytest.MonkeyPatch) -> None:
+    """Make the demo's trainings end at once, with made-up results."""
+
+    def results(names: list[str], *arguments: object) -> list[demo.Result]:
+        million = 1_000_000
+        return [
+            demo.Result(
+                name, [(0, 5.5), (240, 2 - i / 8)], 4 * million, (9 - i) * million, (60 - i) << 20, million, 2.5, 0.03
+            )
+            for i, name in enumerate(names)
+        ]
+
+    patch.setattr(demo, "_train_all", results)
+    patch.setattr(demo, "_draw", lambda results, path: path)
+
+
 def interrupted(patch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -115,6 +131,7 @@ CASES: dict[str, tuple[tuple[str, ...], Patch]] = {
     "help-demo": (("demo", "--help"), as_it_is),
     "help-check": (("check", "--help"), as_it_is),
     "help-bench": (("bench", "--help"), as_it_is),
+    "demo": (("demo", "--device", "cpu"), trained),
     "check": (("check",), checked(0)),
     "check-gpus": (("check",), checked(2)),
     "check-difference": (("check",), checked(0, "8-bit blockwise, paged")),
@@ -156,8 +173,9 @@ def printed(
 @pytest.mark.parametrize("columns", WIDTHS)
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_printed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, columns: int
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, columns: int
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     text = printed(capsys, monkeypatch, *CASES[name], columns)
     path = GOLDEN / f"{name}-{columns}.txt"
     if os.environ.get("LION_GOLDEN") == "write":
@@ -186,8 +204,9 @@ def test_it_fits_and_is_whole(name: str, columns: int) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith(("help", "overview"))])
 def test_into_a_pipe_it_is_whole(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     text = printed(capsys, monkeypatch, *CASES[name], None)
     widest = (GOLDEN / f"{name}-{max(WIDTHS)}.txt").read_text(encoding="utf-8")
     assert text.split() == widest.split()
@@ -195,8 +214,9 @@ def test_into_a_pipe_it_is_whole(
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_ascii_terminal_shows_the_same_in_words(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     shown = io.BytesIO()
     terminal = io.TextIOWrapper(shown, "ascii", write_through=True)
     with monkeypatch.context() as changed:
