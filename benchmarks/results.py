@@ -23,6 +23,15 @@ PATHS = ("cpu-epyc-zen4-avx2.json", "cpu-epyc-zen4-avx512.json")
 TRAININGS = ("training-tiny", "training-small", "finetuning")
 # The contestants that README and the first page show.
 FIRST = ("AdamW", "AdamW, bf16", "Lion8bit", "Lion8bit, bf16 + 24 bits")
+# What the table of the first page shows: the name there, and those in the results of CPU and GPU.
+SPEED = {
+    "`Lion`": ("Lion",),
+    "`Lion8bit`": ("Lion8bit",),
+    "bitsandbytes `Lion`": ("bitsandbytes Lion",),
+    "bitsandbytes `Lion8bit`": ("bitsandbytes Lion8bit",),
+    "torch.compile of Lion": ("torch.compile Lion",),
+    "torch `AdamW(fused=True)`": ("torch fused AdamW", "torch AdamW"),
+}
 BLOCK = re.compile(r"(<!-- results: (.*?) -->)\n.*?(<!-- end -->)", re.DOTALL)
 TITLES = {name: workload.title for name, workload in WORKLOADS.items()}
 Rows = dict[str, dict[str, Any]]
@@ -120,6 +129,26 @@ def markdown(headings: list[str], cells: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def speed() -> str:
+    """Return the milliseconds of a step over one large tensor, on a CPU with two threads and on a GPU."""
+    cpu, gpu = cpu_runs("cpu-epyc-zen4.json"), gpu_runs()
+    columns = [(runs, dtype) for runs in (cpu, gpu) for dtype in ("float32", "bfloat16")]
+    cells = []
+    for title, names in SPEED.items():
+        cells.append([title])
+        for runs, dtype in columns:
+            rows = runs[TITLES["one"], dtype, 2 if runs is cpu else 0]
+            row = next((rows[name] for name in names if name in rows), None)
+            cells[-1].append("" if row is None else milliseconds(row))
+    return markdown(["ms per step", "CPU, float32", "CPU, bfloat16", "H100, float32", "H100, bfloat16"], cells)
+
+
+def milliseconds(row: dict[str, Any]) -> str:
+    """Return the median time of a step over one large tensor, as text."""
+    time = row["median"] * WORKLOADS["one"].elements / 1e6
+    return f"{time:.3f}" if time < 1 else f"{time:.1f}" if time < 100 else f"{time:.0f}"
+
+
 def measured(name: str) -> str:
     """Return a sentence on where and when a file was measured."""
     report = json.loads((FOLDER / name).read_text())
@@ -154,6 +183,7 @@ def blocks() -> dict[str, str]:
         "cpu where": measured("cpu-epyc-zen4.json"),
         "sizes": growth(cpu_runs("cpu-epyc-zen4-sizes.json")),
         "gpu": tables(gpu_runs()),
+        "speed": speed(),
     }
     if all((FOLDER / name).exists() for name in PATHS):
         found["paths"] = paths()
