@@ -40,6 +40,7 @@ from lion.cuda_kernels.table import (
     SIZE,
     STEP,
     TENSORS,
+    WIDEST,
 )
 
 HISTORY = 100
@@ -48,7 +49,7 @@ NAN_ORDER = np.int32(0x7FFFFFFF)
 INFINITY = np.float32(np.inf)
 
 
-def make_partial_norms(dtype: int) -> Callable[[int], None]:
+def make_partial_norms(dtype: int, grad_alignment: int = WIDEST) -> Callable[[int], None]:
     """Return the kernel that writes the partial sum of every chunk of 4096 elements: a warp per chunk."""
     itemsize = 4 if dtype == FLOAT32 else 2
 
@@ -67,9 +68,9 @@ def make_partial_norms(dtype: int) -> Callable[[int], None]:
                 for j in range(8):
                     lanes[j] = np.float32(0)
                 # Places past the end would add zeros, which change nothing.
-                if grads & 15 == 0:
+                if grads & (grad_alignment - 1) == 0:
                     while i + 8 <= chunk_end:
-                        load_8(dtype, grads + i * itemsize, values)
+                        load_8(dtype, grad_alignment, grads + i * itemsize, values)
                         for j in range(8):
                             value = mul(values[j], inv_scale)
                             lanes[j] = add(lanes[j], mul(value, value))

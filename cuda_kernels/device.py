@@ -617,15 +617,34 @@ def store_float(dtype: int, address: int, value: np.float32) -> None:
 
 
 @device
-def load_8(dtype: int, address: int, values: np.ndarray) -> None:
-    """Fill ``values`` with eight elements as float32, by 128-bit loads."""
+def load_2_u16(address: int) -> np.uint32:
+    """Return the two uint16 at an address in one word."""
+    return np.uint32(load_u16(address) | np.uint32(load_u16(address + 2) << np.uint32(16)))
+
+
+@device
+def load_16_bytes(alignment: int, address: int) -> Any:
+    """Return four uint32 by loads of at most ``alignment`` bytes, a power of two that divides the address."""
+    if alignment == 16:
+        return load_4_words(address)
+    if alignment == 8:
+        low, high = load_2_words(address), load_2_words(address + 8)
+        return low[0], low[1], high[0], high[1]
+    if alignment == 4:
+        return load_u32(address), load_u32(address + 4), load_u32(address + 8), load_u32(address + 12)
+    return load_2_u16(address), load_2_u16(address + 4), load_2_u16(address + 8), load_2_u16(address + 12)
+
+
+@device
+def load_8(dtype: int, alignment: int, address: int, values: np.ndarray) -> None:
+    """Fill ``values`` with eight elements as float32, by loads of at most ``alignment`` bytes."""
     if dtype == FLOAT32:
-        low, high = load_4_words(address), load_4_words(address + 16)
+        low, high = load_16_bytes(alignment, address), load_16_bytes(alignment, address + 16)
         for i in range(4):
             values[i] = from_bits(low[i])
             values[i + 4] = from_bits(high[i])
     else:
-        words = load_4_words(address)
+        words = load_16_bytes(alignment, address)
         for i in range(4):
             if dtype == FLOAT16:
                 values[2 * i] = from_half(words[i])

@@ -13,7 +13,7 @@ provides, in device memory:
 
 ``device`` is the index of the device, which must be the calling thread's current one; ``stream`` is the raw handle of
 a CUDA stream, 0 for the default stream. A call may be captured in a CUDA graph after a first one of its kind: with its
-dtypes, with or without a scaled loss, and with its parameters kept in the same way.
+dtypes, with or without a scaled loss, with its parameters kept in the same way and its gradients aligned as well.
 Under Numba's simulator the addresses are those of ordinary memory.
 """
 
@@ -29,11 +29,12 @@ from typing import Any
 
 import numpy as np
 
-from lion.cuda_kernels.table import WARPS
+from lion.cuda_kernels.table import WARPS, WIDEST
 from lion.reference.rounding import NEAREST
 
 SIMULATED_BLOCKS = 2
 UPDATES = ("update_32bit", "update_8bit_blockwise", "update_tensorwise")
+READING_GRADIENTS = (*UPDATES, "measure_tensorwise", "partial_norms")
 INSTALL = 'pip install "numba-lion[cu13]" (or "numba-lion[cu12]" for a driver of CUDA 12)'
 
 
@@ -92,7 +93,12 @@ def _version() -> str:
 
 @functools.cache
 def kernel(
-    name: str, dtype: str | None, scaled_loss: bool = False, grad_dtype: str | None = None, weights: int = NEAREST
+    name: str,
+    dtype: str | None,
+    scaled_loss: bool = False,
+    grad_dtype: str | None = None,
+    weights: int = NEAREST,
+    grad_alignment: int = WIDEST,
 ) -> Any:
     """Return the Python function of a kernel.
 
@@ -102,6 +108,7 @@ def kernel(
         scaled_loss: Whether it is the kind of update that undoes the scaling of the loss (default: False).
         grad_dtype: Of the kernels in ``UPDATES``, the dtype of the gradients (default: None, ``dtype``).
         weights: Of the same, how the parameters are kept (default: ``NEAREST``).
+        grad_alignment: Of the kernels that read gradients, what their addresses are multiples of (default: 16).
 
     Returns:
         The function, to be compiled; its name on disk and in profilers tells what it is.
@@ -117,9 +124,12 @@ def kernel(
     else:
         if name in UPDATES:
             options |= {"grad_dtype": codes[grad_dtype or dtype], "weights": weights}
+        if name in READING_GRADIENTS:
+            options["grad_alignment"] = grad_alignment
         function = make(codes[dtype], **options)
     # numba-cuda's disk cache names its files so; it would not notice a change in another module.
     kind = f"{dtype or 'any'}{f'_{grad_dtype}' if grad_dtype else ''}{f'_weights{weights}' if weights else ''}"
+    kind += f"_aligned{grad_alignment}" if grad_alignment != WIDEST else ""
     function.__qualname__ = f"{name}_{kind}{'_scaled' * scaled_loss}_{_version()}"
     return function
 
@@ -208,6 +218,7 @@ def update_32bit(
     scaled_loss: bool = False,
     grad_dtype: str | None = None,
     weights: int = NEAREST,
+    grad_alignment: int = WIDEST,
 ) -> None:
     """Launch the update of a table's parameters and float32 momentum.
 
@@ -222,11 +233,14 @@ def update_32bit(
         weights: How the parameters are kept; all but ``lion.reference.rounding.NEAREST`` (default) for bfloat16 only.
             ``STOCHASTIC`` takes the table's ``seed``, ``first_elements`` and ``parameters``, ``MASTER_24`` and
             ``MASTER_32`` take its ``lows``.
+        grad_alignment: What the gradients' addresses are multiples of, 16 (default), 8, 4 or 2: they alone are loaded
+            in pieces of so many bytes. A gradient whose address is no multiple makes the kernel take its tensor
+            element by element.
 
     Raises:
         ValueError: If ``weights`` is not for this dtype.
     """
-    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights)
+    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights, grad_alignment)
     _launch("update_32bit", dtype, device, stream, items, table, **kind)
 
 
@@ -239,9 +253,10 @@ def update_8bit_blockwise(
     scaled_loss: bool = False,
     grad_dtype: str | None = None,
     weights: int = NEAREST,
+    grad_alignment: int = WIDEST,
 ) -> None:
     """Launch the update of a table's parameters and blockwise 8-bit momentum; arguments as :func:`update_32bit`."""
-    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights)
+    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights, grad_alignment)
     _launch("update_8bit_blockwise", dtype, device, stream, items, table, **kind)
 
 
@@ -255,6 +270,7 @@ def update_8bit_tensorwise(
     scaled_loss: bool = False,
     grad_dtype: str | None = None,
     weights: int = NEAREST,
+    grad_alignment: int = WIDEST,
 ) -> None:
     """Launch the update of a table's parameters and tensor-wise 8-bit momentum.
 
@@ -268,26 +284,31 @@ def update_8bit_tensorwise(
         scaled_loss: Whether the table has an ``inv_scale`` (default: False).
         grad_dtype: The dtype of the gradients (default: None, that of the parameters).
         weights: How the parameters are kept (default: ``NEAREST``), see :func:`update_32bit`.
+        grad_alignment: What the gradients' addresses are multiples of (default: 16), see :func:`update_32bit`.
 
     Raises:
         ValueError: If ``weights`` is not for this dtype.
     """
-    kind, few = _kind_of(dtype, scaled_loss, grad_dtype, weights), -(-tensors // (32 * WARPS))
+    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights, grad_alignment)
+    reading = {"scaled_loss": scaled_loss, "grad_alignment": grad_alignment}
+    few = -(-tensors // (32 * WARPS))
     _launch("begin_tensorwise", None, device, stream, few, table)
-    _launch("measure_tensorwise", grad_dtype or dtype, device, stream, items, table, scaled_loss=scaled_loss)
+    _launch("measure_tensorwise", grad_dtype or dtype, device, stream, items, table, **reading)
     _launch("update_tensorwise", dtype, device, stream, items, table, **kind)
     _launch("end_tensorwise", None, device, stream, few, table)
 
 
-def _kind_of(dtype: str, scaled_loss: bool, grad_dtype: str | None, weights: int) -> dict[str, Any]:
+def _kind_of(
+    dtype: str, scaled_loss: bool, grad_dtype: str | None, weights: int, grad_alignment: int
+) -> dict[str, Any]:
     """Return an update's further arguments of :func:`kernel`, the same for the same kernel."""
     if weights != NEAREST and dtype != "bfloat16":
         raise ValueError(f"Invalid dtype: {dtype!r}; stochastic rounding and master values are for 'bfloat16'")
     other = None if grad_dtype == dtype else grad_dtype
-    return {"scaled_loss": scaled_loss, "grad_dtype": other, "weights": weights}
+    return {"scaled_loss": scaled_loss, "grad_dtype": other, "weights": weights, "grad_alignment": grad_alignment}
 
 
-def partial_norms(dtype: str, table: int, items: int, device: int, stream: int) -> None:
+def partial_norms(dtype: str, table: int, items: int, device: int, stream: int, grad_alignment: int = WIDEST) -> None:
     """Launch the partial sums of a table's squared gradients, written to ``partials``.
 
     Args:
@@ -296,8 +317,9 @@ def partial_norms(dtype: str, table: int, items: int, device: int, stream: int) 
         items: Number of items in its work list, of unit 4096.
         device: Index of the device.
         stream: Handle of the stream.
+        grad_alignment: What the gradients' addresses are multiples of (default: 16), see :func:`update_32bit`.
     """
-    _launch("partial_norms", dtype, device, stream, items, table)
+    _launch("partial_norms", dtype, device, stream, items, table, grad_alignment=grad_alignment)
 
 
 def squared_norm(table: int, tensors: int, device: int, stream: int) -> None:

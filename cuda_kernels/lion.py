@@ -2,7 +2,8 @@
 
 Every kernel takes the address of a table (see :mod:`lion.cuda_kernels.table`). A block of threads takes work items in
 turn; within one, the warps take turns at its blocks of 256 elements. Whole blocks of a tensor whose addresses allow it
-go first, 8 consecutive elements a lane, moved by 128 bits; the rest is moved element by element.
+go first, 8 consecutive elements a lane, moved by 128 bits; the rest is moved element by element. Kernels of a smaller
+``grad_alignment`` load gradients, and nothing else, in pieces of so many bytes: those of views of a bucket.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ from lion.cuda_kernels.table import (
     STATE,
     STEP,
     TENSORS,
+    WIDEST,
     WORK,
 )
 from lion.reference.rounding import NEAREST, STOCHASTIC
@@ -187,9 +189,12 @@ def read_coefficients(table: int) -> Any:
 
 
 @device
-def end_of_wide(first: int, end: int, size: int, addresses: int) -> int:
-    """Return the end of an item's blocks that are moved by 128 bits: whole ones, if all ``addresses`` allow it."""
-    return min(end, size >> 8) if addresses & 15 == 0 else first
+def end_of_wide(first: int, end: int, size: int, others: int, grads: int, grad_alignment: int) -> int:
+    """Return the end of an item's blocks that are moved by 128 bits: whole ones, if the addresses allow it.
+
+    Only the gradient's may be a multiple of a smaller ``grad_alignment``.
+    """
+    return min(end, size >> 8) if (others | grads & (grad_alignment - 1)) & (WIDEST - 1) == 0 else first
 
 
 @device
@@ -202,7 +207,7 @@ def step(k: Any, scale: np.float32, param: np.float32, grad: np.float32, momentu
 
 
 def make_update_32bit(
-    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False
+    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False, grad_alignment: int = WIDEST
 ) -> Callable[[int], None]:
     """Return the kernel that updates parameters of a dtype and their float32 momentum."""
     itemsize, grad_itemsize, low_size = ITEMSIZES[dtype], ITEMSIZES[grad_dtype], low_itemsize(weights)
@@ -221,14 +226,15 @@ def make_update_32bit(
             size, scale = load_i64(row + SIZE), read_scale(row)
             lows, origin = read_weights(weights, row)
             stream = read_stream(weights, table, row, False)
-            wide_end = end_of_wide(first, end, size, params | grads | momenta | misaligned(weights, lows, origin))
+            others = params | momenta | misaligned(weights, lows, origin)
+            wide_end = end_of_wide(first, end, size, others, grads, grad_alignment)
             i = first * 256 + cuda.threadIdx.x * 8
             param, grad, momentum = params + i * itemsize, grads + i * grad_itemsize, momenta + i * 4
             lower, group = lows + i * low_size, (origin + i) >> 3
             while momentum < momenta + wide_end * (256 * 4):
                 read_8_weights(weights, dtype, param, lower, p)
-                load_8(grad_dtype, grad, g)
-                load_8(FLOAT32, momentum, m)
+                load_8(grad_dtype, grad_alignment, grad, g)
+                load_8(FLOAT32, WIDEST, momentum, m)
                 for j in range(8):
                     p[j], m[j] = step(k, scale, p[j], unscaled(g[j], inv_scale), m[j])
                 write_8_weights(weights, dtype, param, lower, p, random_words(weights, stream, group))
@@ -311,7 +317,7 @@ def update_8bit_element(
 
 
 def make_update_8bit_blockwise(
-    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False
+    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False, grad_alignment: int = WIDEST
 ) -> Callable[[int], None]:
     """Return the kernel that updates parameters of a dtype and their 8-bit momentum: a warp per block of 256."""
     itemsize, grad_itemsize, low_size = ITEMSIZES[dtype], ITEMSIZES[grad_dtype], low_itemsize(weights)
@@ -334,13 +340,14 @@ def make_update_8bit_blockwise(
             scales, size, scale = load_i64(row + ABSMAX), load_i64(row + SIZE), read_scale(row)
             lows, origin = read_weights(weights, row)
             stream = read_stream(weights, table, row, False)
-            wide_end = end_of_wide(first, end, size, params | grads | codes << 1 | misaligned(weights, lows, origin))
+            others = params | codes << 1 | misaligned(weights, lows, origin)
+            wide_end = end_of_wide(first, end, size, others, grads, grad_alignment)
             i = first * 256 + cuda.threadIdx.x * 8
             param, grad, code = params + i * itemsize, grads + i * grad_itemsize, codes + i
             lower, group, absmax = lows + i * low_size, (origin + i) >> 3, scales + (first + warp) * 4
             while absmax < scales + wide_end * 4:
                 read_8_weights(weights, dtype, param, lower, p)
-                load_8(grad_dtype, grad, g)
+                load_8(grad_dtype, grad_alignment, grad, g)
                 low, high = load_2_words(code)
                 dequantize_8(low, high, load_f32(absmax), lookup, m)
                 for j in range(8):
@@ -404,7 +411,9 @@ def make_begin_tensorwise() -> Callable[[int], None]:
     return begin_tensorwise
 
 
-def make_measure_tensorwise(grad_dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
+def make_measure_tensorwise(
+    grad_dtype: int, scaled_loss: bool = False, grad_alignment: int = WIDEST
+) -> Callable[[int], None]:
     """Return the kernel that gathers the greatest magnitude of each tensor's new momentum in ``new_absmax``."""
     itemsize = ITEMSIZES[grad_dtype]
     unscaled = mul if scaled_loss else keep
@@ -423,12 +432,12 @@ def make_measure_tensorwise(grad_dtype: int, scaled_loss: bool = False) -> Calla
             size, scale = load_i64(row + SIZE), read_scale(row)
             if size > 0:
                 absmax = load_f32(load_i64(row + ABSMAX))
-                wide_end = end_of_wide(first, end, size, grads | codes << 1)
+                wide_end = end_of_wide(first, end, size, codes << 1, grads, grad_alignment)
                 maximum = np.float32(0)
                 i = first * 256 + cuda.threadIdx.x * 8
                 grad, code = grads + i * itemsize, codes + i
                 while code < codes + wide_end * 256:
-                    load_8(grad_dtype, grad, g)
+                    load_8(grad_dtype, grad_alignment, grad, g)
                     low, high = load_2_words(code)
                     dequantize_8(low, high, absmax, lookup, m)
                     for j in range(8):
@@ -452,7 +461,7 @@ def make_measure_tensorwise(grad_dtype: int, scaled_loss: bool = False) -> Calla
 
 
 def make_update_tensorwise(
-    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False
+    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False, grad_alignment: int = WIDEST
 ) -> Callable[[int], None]:
     """Return the kernel that updates parameters and codes once ``new_absmax`` holds the greatest magnitudes."""
     itemsize, grad_itemsize, low_size = ITEMSIZES[dtype], ITEMSIZES[grad_dtype], low_itemsize(weights)
@@ -475,14 +484,14 @@ def make_update_tensorwise(
                 factor = code_factor(maximum)
                 lows, origin = read_weights(weights, row)
                 stream = read_stream(weights, table, row, True)
-                addresses = params | grads | codes << 1 | misaligned(weights, lows, origin)
-                wide_end = end_of_wide(first, end, size, addresses)
+                others = params | codes << 1 | misaligned(weights, lows, origin)
+                wide_end = end_of_wide(first, end, size, others, grads, grad_alignment)
                 i = first * 256 + cuda.threadIdx.x * 8
                 param, grad, code = params + i * itemsize, grads + i * grad_itemsize, codes + i
                 lower, group = lows + i * low_size, (origin + i) >> 3
                 while code < codes + wide_end * 256:
                     read_8_weights(weights, dtype, param, lower, p)
-                    load_8(grad_dtype, grad, g)
+                    load_8(grad_dtype, grad_alignment, grad, g)
                     low, high = load_2_words(code)
                     dequantize_8(low, high, absmax, lookup, m)
                     for j in range(8):

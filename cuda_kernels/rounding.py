@@ -35,7 +35,7 @@ from lion.cuda_kernels.device import (
     store_u16,
     wrapping_add,
 )
-from lion.cuda_kernels.table import FIRST_ELEMENT, LOW, PARAMETER, SEED, STEP
+from lion.cuda_kernels.table import FIRST_ELEMENT, LOW, PARAMETER, SEED, STEP, WIDEST
 from lion.reference.rounding import (
     MASTER_24,
     MASTER_32,
@@ -179,7 +179,7 @@ def read_8_weights(weights: int, dtype: int, param: int, low: int, values: np.nd
             values[2 * i] = joined(uint32(highs[i] << uint32(16)), signed_byte(word, uint32(place)))
             values[2 * i + 1] = joined(uint32(highs[i] & uint32(0xFFFF0000)), signed_byte(word, uint32(place + 1)))
     else:
-        load_8(dtype, param, values)
+        load_8(dtype, WIDEST, param, values)
 
 
 @device

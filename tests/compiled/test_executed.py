@@ -93,6 +93,12 @@ def test_update_of_16_bit_weights(
     check()
 
 
+@pytest.mark.parametrize(("kinds", "alignment"), cases.BUCKETS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_a_bucket(kind: str, kinds: cases.Kinds, alignment: int) -> None:
+    cases.check_gradients_in_a_bucket(MEMORY, kind, kinds, alignment)
+
+
 @pytest.mark.parametrize("maximum", cases.MAXIMA)
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_codes_at_thresholds(kind: str, maximum: np.float32) -> None:
@@ -133,7 +139,8 @@ def test_squared_norm(dtype: str, data: st.DataObject) -> None:
     ptxrun.unregister()
     # Over 32 and 256 chunks, the parts of the total take part.
     grads = data.draw(cases.gradients(dtype, 9000, largest=(0, 0, 33 * 4096 + 1, 300 * 4096)))
-    cases.check_squared_norm(MEMORY, dtype, grads, data.draw(strategies.unscalings()))
+    unscaling, alignment = data.draw(strategies.unscalings()), data.draw(cases.alignments(dtype))
+    cases.check_squared_norm(MEMORY, dtype, grads, unscaling, alignment)
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)

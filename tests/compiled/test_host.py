@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lion import reference
 from lion.cuda_kernels import launch
-from lion.cuda_kernels.table import work_list
+from lion.cuda_kernels.table import alignment, work_list
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
@@ -32,6 +32,14 @@ def test_work_list_covers_every_unit_once(sizes: list[int], unit: int, resident:
         assert mine[0, 1] == 0 and mine[-1, 2] == -(-size // unit)
         assert np.array_equal(mine[1:, 1], mine[:-1, 2])
         assert size == 0 or (mine[:, 2] > mine[:, 1]).all()
+
+
+@given(st.lists(st.integers(0, 2**62), max_size=5), st.sampled_from([1, 2, 4, 8, 16]))
+def test_alignment_is_what_divides_all_addresses(numbers: list[int], least: int) -> None:
+    addresses = np.array([number // 16 * least for number in numbers], np.int64)
+    found = alignment(addresses)
+    assert not (addresses % found).any()
+    assert found == 16 or (addresses % (2 * found)).any()
 
 
 @pytest.mark.exhaustive

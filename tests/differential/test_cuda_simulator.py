@@ -47,7 +47,15 @@ MEMORY = HostMemory()
 def test_update(kind: str, data: st.DataObject, dtype: str, hyper: object, scaled: bool) -> None:
     kinds = data.draw(cases.kinds(dtype))
     drawn = data.draw(cases.tensors(kinds, tensorwise=kind.endswith("tensorwise"), max_size=600, max_tensors=2))
-    cases.check_update(MEMORY, kind, kinds, drawn, hyper, scaled, unscaling=data.draw(strategies.unscalings()))
+    alignment = data.draw(cases.alignments(kinds.grad_dtype))
+    unscaling = data.draw(strategies.unscalings())
+    cases.check_update(MEMORY, kind, kinds, drawn, hyper, scaled, unscaling=unscaling, grad_alignment=alignment)
+
+
+@pytest.mark.parametrize(("kinds", "alignment"), cases.BUCKETS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_a_bucket(kind: str, kinds: cases.Kinds, alignment: int) -> None:
+    cases.check_gradients_in_a_bucket(MEMORY, kind, kinds, alignment)
 
 
 @pytest.mark.parametrize("weights", cases.WEIGHTS, ids=str)
@@ -63,8 +71,9 @@ def test_update_of_16_bit_weights(kind: str, weights: strategies.Weights, data: 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
 def test_squared_norm(dtype: str) -> None:
     sizes = [0, 1, 4096, 4097]
-    grads = [(strategies.make_floats("gradients", dtype, size, size), 0) for size in sizes]
-    cases.check_squared_norm(MEMORY, dtype, grads)
+    for alignment in (16, 8, strategies.FLOAT_DTYPES[dtype].itemsize):
+        grads = [(strategies.make_floats("gradients", dtype, size, size), alignment) for size in sizes]
+        cases.check_squared_norm(MEMORY, dtype, grads, grad_alignment=alignment)
 
 
 @few
