@@ -26,6 +26,9 @@ SIMULATOR = bool(config.ENABLE_CUDASIM)
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 
+# Elements from the first to the second four of a lane's eight.
+TOGETHER, HALVES = 4, 128
+
 # The simulator is fastest with one warp in a block of threads.
 WARPS = 1 if SIMULATOR else table.WARPS
 
@@ -556,6 +559,12 @@ def shuffle_xor(builder: Any, value: Any, mask: Any) -> Any:
     return builder.bitcast(_shuffle_xor(builder, builder.bitcast(value, _I32), mask), _FLOAT)
 
 
+@_intrinsic(_u32(_u32, _i32), lambda value, mask: _exchange_twin(value, lambda lane: [lane ^ mask])[0])
+def shuffle_xor_u32(builder: Any, value: Any, mask: Any) -> Any:
+    """Return ``value`` of the lane whose number differs in the bits of ``mask``; all lanes take part."""
+    return _shuffle_xor(builder, value, mask)
+
+
 @_intrinsic(_f64(_f64, _i32), lambda value, mask: _exchange_twin(value, lambda lane: [lane ^ mask])[0])
 def shuffle_xor_f64(builder: Any, value: Any, mask: Any) -> Any:
     """Return ``value`` of the lane whose number differs in the bits of ``mask``; all lanes take part."""
@@ -592,7 +601,7 @@ def sync_warp(builder: Any) -> None:
     _call(builder, "llvm.nvvm.bar.warp.sync", ir.VoidType(), _ALL_LANES)
 
 
-# Eight consecutive elements of a parameter or gradient ----------------------------------------------------------------
+# Elements of tensors --------------------------------------------------------------------------------------------------
 
 
 @device
@@ -623,28 +632,85 @@ def load_2_u16(address: int) -> np.uint32:
 
 
 @device
+def load_8_bytes(alignment: int, address: int) -> Any:
+    """Return two uint32 by loads of at most ``alignment`` bytes, a power of two that divides the address."""
+    if alignment >= 8:
+        return load_2_words(address)
+    if alignment == 4:
+        return load_u32(address), load_u32(address + 4)
+    return load_2_u16(address), load_2_u16(address + 4)
+
+
+@device
 def load_16_bytes(alignment: int, address: int) -> Any:
     """Return four uint32 by loads of at most ``alignment`` bytes, a power of two that divides the address."""
     if alignment == 16:
         return load_4_words(address)
-    if alignment == 8:
-        low, high = load_2_words(address), load_2_words(address + 8)
-        return low[0], low[1], high[0], high[1]
-    if alignment == 4:
-        return load_u32(address), load_u32(address + 4), load_u32(address + 8), load_u32(address + 12)
-    return load_2_u16(address), load_2_u16(address + 4), load_2_u16(address + 8), load_2_u16(address + 12)
+    low, high = load_8_bytes(alignment, address), load_8_bytes(alignment, address + 8)
+    return low[0], low[1], high[0], high[1]
+
+
+# Eight elements of a lane: four, and four that begin ``gap`` elements further on. Those that lie together take the
+# fewest accesses; halves of a block of 256 apart, each access of a warp is to consecutive bytes.
 
 
 @device
-def load_8(dtype: int, alignment: int, address: int, values: np.ndarray) -> None:
-    """Fill ``values`` with eight elements as float32, by loads of at most ``alignment`` bytes."""
-    if dtype == FLOAT32:
-        low, high = load_16_bytes(alignment, address), load_16_bytes(alignment, address + 16)
-        for i in range(4):
-            values[i] = from_bits(low[i])
-            values[i + 4] = from_bits(high[i])
+def load_8_of_1(gap: int, address: int) -> Any:
+    """Return eight elements of 1 byte in two words."""
+    if gap == TOGETHER:
+        return load_2_words(address)
+    return load_u32(address), load_u32(address + gap)
+
+
+@device
+def store_8_of_1(gap: int, address: int, a: np.uint32, b: np.uint32) -> None:
+    """Write eight elements of 1 byte."""
+    if gap == TOGETHER:
+        store_2_words(address, a, b)
     else:
-        words = load_16_bytes(alignment, address)
+        store_u32(address, a)
+        store_u32(address + gap, b)
+
+
+@device
+def load_8_of_2(gap: int, alignment: int, address: int) -> Any:
+    """Return eight elements of 2 bytes in four words."""
+    if gap == TOGETHER:
+        return load_16_bytes(alignment, address)
+    low, high = load_8_bytes(alignment, address), load_8_bytes(alignment, address + 2 * gap)
+    return low[0], low[1], high[0], high[1]
+
+
+@device
+def store_8_of_2(gap: int, address: int, a: np.uint32, b: np.uint32, c: np.uint32, d: np.uint32) -> None:
+    """Write eight elements of 2 bytes."""
+    if gap == TOGETHER:
+        store_4_words(address, a, b, c, d)
+    else:
+        store_2_words(address, a, b)
+        store_2_words(address + 2 * gap, c, d)
+
+
+@device
+def load_8(dtype: int, gap: int, alignment: int, address: int, words: np.ndarray) -> None:
+    """Fill ``words`` with the bits of eight elements, by loads of at most ``alignment`` bytes."""
+    if dtype == FLOAT32:
+        low, high = load_16_bytes(alignment, address), load_16_bytes(alignment, address + 4 * gap)
+        for i in range(4):
+            words[i], words[i + 4] = low[i], high[i]
+    else:
+        pairs = load_8_of_2(gap, alignment, address)
+        for i in range(4):
+            words[i] = pairs[i]
+
+
+@device
+def to_floats(dtype: int, words: np.ndarray, values: np.ndarray) -> None:
+    """Fill ``values`` with the eight elements whose bits :func:`load_8` has loaded."""
+    if dtype == FLOAT32:
+        for i in range(8):
+            values[i] = from_bits(words[i])
+    else:
         for i in range(4):
             if dtype == FLOAT16:
                 values[2 * i] = from_half(words[i])
@@ -655,13 +721,14 @@ def load_8(dtype: int, alignment: int, address: int, values: np.ndarray) -> None
 
 
 @device
-def store_8(dtype: int, address: int, values: np.ndarray) -> None:
-    """Write eight float32, rounded to the dtype, by 128-bit stores."""
+def store_8(dtype: int, gap: int, address: int, values: np.ndarray) -> None:
+    """Write eight float32, rounded to the dtype, by accesses as wide as can be."""
     if dtype == FLOAT32:
         store_4_words(address, bits(values[0]), bits(values[1]), bits(values[2]), bits(values[3]))
-        store_4_words(address + 16, bits(values[4]), bits(values[5]), bits(values[6]), bits(values[7]))
+        store_4_words(address + 4 * gap, bits(values[4]), bits(values[5]), bits(values[6]), bits(values[7]))
     elif dtype == FLOAT16:
-        store_4_words(
+        store_8_of_2(
+            gap,
             address,
             to_half_pair(values[0], values[1]),
             to_half_pair(values[2], values[3]),
@@ -669,7 +736,8 @@ def store_8(dtype: int, address: int, values: np.ndarray) -> None:
             to_half_pair(values[6], values[7]),
         )
     else:
-        store_4_words(
+        store_8_of_2(
+            gap,
             address,
             to_bfloat16_pair(values[0], values[1]),
             to_bfloat16_pair(values[2], values[3]),

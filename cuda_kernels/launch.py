@@ -30,11 +30,13 @@ from typing import Any
 import numpy as np
 
 from lion.cuda_kernels.table import WARPS, WIDEST
+from lion.cuda_kernels.tuning import DEFAULT, Tuning
 from lion.reference.rounding import NEAREST
 
 SIMULATED_BLOCKS = 2
 UPDATES = ("update_32bit", "update_8bit_blockwise", "update_tensorwise")
 READING_GRADIENTS = (*UPDATES, "measure_tensorwise", "partial_norms")
+TUNING = DEFAULT  # of the updates that are launched
 INSTALL = 'pip install "numba-lion[cu13]" (or "numba-lion[cu12]" for a driver of CUDA 12)'
 
 
@@ -99,6 +101,7 @@ def kernel(
     grad_dtype: str | None = None,
     weights: int = NEAREST,
     grad_alignment: int = WIDEST,
+    tuning: Tuning = DEFAULT,
 ) -> Any:
     """Return the Python function of a kernel.
 
@@ -109,6 +112,7 @@ def kernel(
         grad_dtype: Of the kernels in ``UPDATES``, the dtype of the gradients (default: None, ``dtype``).
         weights: Of the same, how the parameters are kept (default: ``NEAREST``).
         grad_alignment: Of the kernels that read gradients, what their addresses are multiples of (default: 16).
+        tuning: Of the kernels in ``UPDATES``, how they are made (default: as programs get them).
 
     Returns:
         The function, to be compiled; its name on disk and in profilers tells what it is.
@@ -123,15 +127,23 @@ def kernel(
         function = make()
     else:
         if name in UPDATES:
-            options |= {"grad_dtype": codes[grad_dtype or dtype], "weights": weights}
+            options |= {"grad_dtype": codes[grad_dtype or dtype], "weights": weights, "tuning": tuning}
         if name in READING_GRADIENTS:
             options["grad_alignment"] = grad_alignment
         function = make(codes[dtype], **options)
     # numba-cuda's disk cache names its files so; it would not notice a change in another module.
     kind = f"{dtype or 'any'}{f'_{grad_dtype}' if grad_dtype else ''}{f'_weights{weights}' if weights else ''}"
     kind += f"_aligned{grad_alignment}" if grad_alignment != WIDEST else ""
+    if tuning != DEFAULT:
+        kind += f"_{hashlib.sha256(repr(tuning).encode()).hexdigest()[:8]}"
     function.__qualname__ = f"{name}_{kind}{'_scaled' * scaled_loss}_{_version()}"
     return function
+
+
+def most_registers(name: str, tuning: Tuning) -> dict[str, int]:
+    """Return the option of ``cuda.jit`` that limits a kernel's registers, if something does."""
+    limits = dict(tuning.max_registers)
+    return {"max_registers": limits[name]} if name in limits else {}
 
 
 @functools.cache
@@ -144,11 +156,12 @@ def _compiled(name: str, dtype: str | None, device: int, **kind: Any) -> tuple[A
     if config.ENABLE_CUDASIM:
         return cuda.jit(function), SIMULATED_BLOCKS
     signature = (types.int64,) * function.__code__.co_argcount
+    options = most_registers(name, kind.get("tuning", DEFAULT))
     try:
-        dispatcher = cuda.jit(cache=True)(function)
+        dispatcher = cuda.jit(cache=True, **options)(function)
         compiled = dispatcher.compile(signature)
     except (OSError, RuntimeError):  # there is no folder that can be written, or the disk is full
-        dispatcher = cuda.jit(function)
+        dispatcher = cuda.jit(**options)(function)
         compiled = dispatcher.compile(signature)
     return dispatcher, compiled.max_cooperative_grid_blocks(32 * WARPS)
 
@@ -305,7 +318,8 @@ def _kind_of(
     if weights != NEAREST and dtype != "bfloat16":
         raise ValueError(f"Invalid dtype: {dtype!r}; stochastic rounding and master values are for 'bfloat16'")
     other = None if grad_dtype == dtype else grad_dtype
-    return {"scaled_loss": scaled_loss, "grad_dtype": other, "weights": weights, "grad_alignment": grad_alignment}
+    kind = {"scaled_loss": scaled_loss, "grad_dtype": other, "weights": weights, "grad_alignment": grad_alignment}
+    return {**kind, "tuning": TUNING}
 
 
 def partial_norms(dtype: str, table: int, items: int, device: int, stream: int, grad_alignment: int = WIDEST) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lion.cuda_kernels import launch
 from lion.cuda_kernels.table import WIDEST
+from lion.cuda_kernels.tuning import DEFAULT, Tuning
 from lion.reference.rounding import MASTER_24, MASTER_32, NEAREST, STOCHASTIC
 
 Capability = tuple[int, int]
@@ -33,6 +34,7 @@ class Kernel(NamedTuple):
     grad_dtype: str | None = None
     weights: int = NEAREST
     grad_alignment: int = WIDEST
+    tuning: Tuning = DEFAULT
 
     def __str__(self) -> str:
         parts = [self.name, self.dtype, "scaled" * self.scaled_loss, self.grad_dtype]

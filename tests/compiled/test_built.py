@@ -112,17 +112,17 @@ def test_machine_code(capability: building.Capability, kernel: building.Kernel) 
 # Instructions of the main loop for eight elements, on compute capability 9.0.
 NEAREST_COUNTS = {
     ("update_32bit", "float32"): 120,
-    ("update_32bit", "float16"): 137,
-    ("update_32bit", "bfloat16"): 137,
-    ("update_8bit_blockwise", "float32"): 256,
+    ("update_32bit", "float16"): 140,
+    ("update_32bit", "bfloat16"): 140,
+    ("update_8bit_blockwise", "float32"): 258,
     ("update_8bit_blockwise", "float16"): 274,
     ("update_8bit_blockwise", "bfloat16"): 274,
-    ("update_tensorwise", "float32"): 229,
+    ("update_tensorwise", "float32"): 230,
     ("update_tensorwise", "float16"): 247,
     ("update_tensorwise", "bfloat16"): 247,
 }
 MOST = {
-    "update_32bit": {STOCHASTIC: 27, MASTER_24: 26.3, MASTER_32: 24.5},
+    "update_32bit": {STOCHASTIC: 28.5, MASTER_24: 26.9, MASTER_32: 24.9},
     "update_8bit_blockwise": {STOCHASTIC: 44.5, MASTER_24: 43.4, MASTER_32: 41.3},
     "update_tensorwise": {STOCHASTIC: 41, MASTER_24: 40, MASTER_32: 38.2},
 }
@@ -143,10 +143,13 @@ def test_rounding_to_nearest_costs_no_more_for_what_it_does_not_use(name: str, d
     assert len(main_loop(binary_of(building.Kernel(name, dtype)))) <= NEAREST_COUNTS[name, dtype]
 
 
+WIDTHS = {16: "128", 8: "64", 4: "32", 2: "U16"}  # by bytes, as instructions are named
+
+
 def widths(instructions: list[building.Instruction], prefix: str) -> Counter[str]:
     """Return how many accesses of which width there are."""
     return Counter(
-        next((width for width in ("128", "64", "U16") if width in i.name.split(".")), "32")
+        next((width for width in WIDTHS.values() if width in i.name.split(".")), "32")
         for i in instructions
         if i.name.startswith(prefix)
     )
@@ -172,9 +175,11 @@ def test_only_gradients_in_a_bucket_are_loaded_in_smaller_pieces(name: str, kind
     before, after = main_loop(wide), main_loop(narrow)
     assert widths(after, "STG") == widths(before, "STG")
     alignment, grad_bytes = kind.grad_alignment, 32 if "float32" in (kind.dtype, kind.grad_dtype) else 16
+    # In halves, four elements of 2 bytes are all that lies together.
+    widest = 8 if name == "update_32bit" and grad_bytes == 16 else 16
     expected = widths(before, "LDG")
-    expected["128"] -= grad_bytes // 16
-    expected[{8: "64", 4: "32", 2: "U16"}[alignment]] += grad_bytes // alignment
+    expected[WIDTHS[widest]] -= grad_bytes // widest
+    expected[WIDTHS[alignment]] += grad_bytes // alignment
     assert widths(after, "LDG") == +expected
 
 
@@ -189,5 +194,6 @@ def test_16_bit_weights_stay_bound_by_memory(name: str, weights: int) -> None:
     for prefix in ("LDG", "STG"):
         expected = widths(plain, prefix)
         if weights != STOCHASTIC:
-            expected["64" if weights == MASTER_24 else "128"] += 1
+            low_bytes, pieces = 8 * (1 if weights == MASTER_24 else 2), 2 if name == "update_32bit" else 1
+            expected[WIDTHS[low_bytes // pieces]] += pieces
         assert widths(body, prefix) == expected

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lion.cuda_kernels import launch
+from lion.cuda_kernels.tuning import Tuning
 from tests import strategies
 from tests.compiled import building
 from tests.differential import conversions
@@ -97,6 +98,14 @@ def test_update_of_16_bit_weights(
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_in_a_bucket(kind: str, kinds: cases.Kinds, alignment: int) -> None:
     cases.check_gradients_in_a_bucket(MEMORY, kind, kinds, alignment)
+
+
+@pytest.mark.parametrize("tuning", cases.TUNINGS, ids=str)
+@pytest.mark.parametrize("kinds", cases.TUNED, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tuning(kind: str, kinds: cases.Kinds, tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "TUNING", tuning)
+    cases.check_tuning(MEMORY, kind, kinds, 130 * 256 + 40)
 
 
 @pytest.mark.parametrize("maximum", cases.MAXIMA)

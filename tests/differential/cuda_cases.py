@@ -16,6 +16,7 @@ from lion import reference
 from lion.cuda_kernels import launch
 from lion.cuda_kernels.quantization import lookup_table
 from lion.cuda_kernels.table import DONE, ROW_BYTES, ROWS, WIDEST, table, work_list
+from lion.cuda_kernels.tuning import Tuning
 from lion.reference.rounding import STOCHASTIC
 from tests import strategies
 from tests.comparing import assert_same_bits
@@ -240,26 +241,39 @@ def check_codes_at_thresholds(memory: Memory, kind: str, maximum: np.float32) ->
     check_update(memory, kind, FLOAT32, [tensor], (1e-4, (0.0, 0.0), 0.0), False)
 
 
+def make_tensor(
+    kind: str, kinds: Kinds, size: int, seed: int = 0, offset_bytes: int = 0
+) -> dict[str, tuple[Array, int]]:
+    """Return a tensor of ordinary values in the middle of a training; only its gradient may lie off."""
+    blocks = 1 if kind == "update_8bit_tensorwise" else -(-size // 256)
+    return _tensor(
+        strategies.make_floats("gradients", kinds.dtype, size, seed),
+        strategies.make_floats("mixed", kinds.grad_dtype, size, 10 + seed),
+        offset_bytes,
+        momentum=strategies.make_floats("gradients", "float32", size, 20 + seed),
+        codes=strategies.make_codes(size, 30 + seed),
+        absmax=np.full(blocks, 0.01, np.float32),
+        low=kinds.weights.make_lows(size, 40 + seed),
+        scale=np.full(1, 0.3, np.float32),
+    )
+
+
 def check_gradients_in_a_bucket(memory: Memory, kind: str, kinds: Kinds, grad_alignment: int) -> None:
     """Gradients off by multiples of ``grad_alignment``, all else aligned; clipped, and of a scaled loss."""
-    size = 2 * 256 + 40
-    blocks = 1 if kind == "update_8bit_tensorwise" else 3
-    drawn = []
-    for number, offset_bytes in enumerate((grad_alignment, 0, 64 - grad_alignment)):
-        drawn.append(
-            _tensor(
-                strategies.make_floats("gradients", kinds.dtype, size, number),
-                strategies.make_floats("mixed", kinds.grad_dtype, size, 10 + number),
-                offset_bytes,
-                momentum=strategies.make_floats("gradients", "float32", size, 20 + number),
-                codes=strategies.make_codes(size, 30 + number),
-                absmax=np.full(blocks, 0.01, np.float32),
-                low=kinds.weights.make_lows(size, 40 + number),
-                scale=np.full(1, 0.3, np.float32),
-            )
-        )
+    offsets = grad_alignment, 0, 64 - grad_alignment
+    drawn = [make_tensor(kind, kinds, 2 * 256 + 40, seed, offset) for seed, offset in enumerate(offsets)]
     unscaling, hyper = strategies.Unscaling(np.float32(1024), None), (1e-3, (0.9, 0.99), 0.1)
     check_update(memory, kind, kinds, drawn, hyper, True, unscaling=unscaling, grad_alignment=grad_alignment)
+
+
+# How kernels can be made that programs do not get unless a measurement says so, and kinds that differ in them.
+TUNINGS = [Tuning(halves=False), Tuning(ahead=True)]
+TUNED = [FLOAT32, Kinds("bfloat16", "float32"), *(Kinds("bfloat16", "bfloat16", weights) for weights in WEIGHTS)]
+
+
+def check_tuning(memory: Memory, kind: str, kinds: Kinds, size: int) -> None:
+    """A tensor of which a warp takes several blocks, and a rest."""
+    check_update(memory, kind, kinds, [make_tensor(kind, kinds, size)], (1e-3, (0.9, 0.99), 0.1), True)
 
 
 # Greatest magnitudes of a block: ordinary, extreme, and with a reciprocal that is denormal.

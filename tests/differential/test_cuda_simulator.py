@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lion.cuda_kernels import launch
+from lion.cuda_kernels.tuning import DEFAULT, Tuning
 from tests import strategies
 from tests.comparing import guarded
 from tests.differential import cuda_cases as cases
@@ -56,6 +58,35 @@ def test_update(kind: str, data: st.DataObject, dtype: str, hyper: object, scale
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_in_a_bucket(kind: str, kinds: cases.Kinds, alignment: int) -> None:
     cases.check_gradients_in_a_bucket(MEMORY, kind, kinds, alignment)
+
+
+@pytest.mark.parametrize("tuning", cases.TUNINGS, ids=str)
+@pytest.mark.parametrize("kinds", cases.TUNED, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tuning(kind: str, kinds: cases.Kinds, tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "TUNING", tuning)
+    cases.check_tuning(MEMORY, kind, kinds, 3 * 256 + 40)
+
+
+# Sectors of 32 bytes that the L2 cache is asked for, for a block of 256 elements: as few as their bytes fill.
+@pytest.mark.parametrize(
+    ("kind", "kinds", "expected"),
+    [
+        ("update_32bit", cases.FLOAT32, 160),
+        ("update_32bit", cases.Kinds("bfloat16", "bfloat16"), 112),
+        ("update_32bit", cases.Kinds("bfloat16", "bfloat16", strategies.Weights(24)), 128),
+        ("update_32bit", cases.Kinds("bfloat16", "bfloat16", strategies.Weights(32)), 144),
+        ("update_32bit", cases.Kinds("bfloat16", "bfloat16", strategies.Weights(seed=1)), 112),
+        ("update_8bit_blockwise", cases.FLOAT32, 114),
+        ("update_8bit_blockwise", cases.Kinds("bfloat16", "bfloat16"), 66),
+    ],
+    ids=str,
+)
+def test_accesses_are_of_whole_sectors(kind: str, kinds: cases.Kinds, expected: int) -> None:
+    from tests.differential import sectors
+
+    assert sectors.count(kind, kinds, DEFAULT).to_l2 == expected
+    assert sectors.count(kind, kinds, Tuning(halves=False)).to_l2 >= expected
 
 
 @pytest.mark.parametrize("weights", cases.WEIGHTS, ids=str)
