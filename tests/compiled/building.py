@@ -155,13 +155,16 @@ def assemble(text: str, capability: Capability) -> Binary:
     return _binary(*_link([(nvjitlink.InputType.PTX, text.encode() + b"\0")], [arch, "-Xptxas=-v"]))
 
 
-def link_time_optimized(kernel: Callable[..., None], capability: Capability) -> Binary:
+def link_time_optimized(
+    kernel: Callable[..., None], capability: Capability, max_registers: int | None = None
+) -> Binary:
     """Return the machine code by the route that ``@cuda.jit`` takes when nvJitLink is there."""
     from cuda.bindings import nvjitlink
 
     arch = f"-arch=sm_{capability[0]}{capability[1]}"
     inputs = [(nvjitlink.InputType.LTOIR, bytes(code)) for code in _compile(kernel, capability, "ltoir")]
-    return _binary(*_link(inputs, ["-lto", arch, "-Xptxas=-v"]))
+    limit = [] if max_registers is None else [f"-maxrregcount={max_registers}"]
+    return _binary(*_link(inputs, ["-lto", arch, "-Xptxas=-v", *limit]))
 
 
 def nvdisasm() -> str | None:

@@ -64,6 +64,11 @@ def kinds(draw: st.DrawFn, dtype: str) -> Kinds:
     return Kinds(dtype, draw(strategies.grad_dtypes(dtype)), draw(strategies.weights(dtype)))
 
 
+def way_of(weights: strategies.Weights) -> int:
+    """Return how parameters are kept, as kernels are told."""
+    return weights.bits or (weights.seed is not None) * STOCHASTIC
+
+
 def alignments(dtype: str) -> st.SearchStrategy[int]:
     """What kernels may be told that the addresses of gradients of a dtype are multiples of."""
     return st.sampled_from((WIDEST, strategies.FLOAT_DTYPES[dtype].itemsize))
@@ -184,7 +189,7 @@ def check_update(
         addresses["inv_scale"] = inv_scale.address
     if unscaling.found_inf is not None:
         addresses["found_inf"] = found_inf.address
-    how = weights.bits or (weights.seed is not None) * STOCHASTIC
+    how = way_of(weights)
     words = table(
         np.array(k, np.float32),
         sizes + missing,

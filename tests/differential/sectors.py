@@ -23,7 +23,6 @@ ACCESSES = {
     **{f"{way}_{name}": size for way in ("load", "store") for name, size in (("f32", 4), ("u32", 4), ("u16", 2))},
 }
 SECTOR = 32
-TUNINGS = {"together": Tuning(halves=False), "in halves": Tuning()}
 KINDS = (
     cases.FLOAT32,
     cases.Kinds("bfloat16", "bfloat16"),
@@ -112,10 +111,10 @@ def count(kind: str, kinds: cases.Kinds, tuning: Tuning) -> Count:
 def main() -> None:
     """Print the counts as JSON."""
     rows = [
-        (kind, kinds.dtype, kinds.weights.bits, kinds.weights.seed is not None, name, *count(kind, kinds, tuning))
+        (kind, kinds.dtype, cases.way_of(kinds.weights), halves, *count(kind, kinds, Tuning(halves=halves)))
         for kind in ("update_32bit", "update_8bit_blockwise")
         for kinds in KINDS
-        for name, tuning in TUNINGS.items()
+        for halves in (False, True)
     ]
     json.dump(rows, sys.stdout)
 
