@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import cuda, float32, float64, int32, uint32
 
 from lion.cuda_kernels.device import (
     FLOAT32,
@@ -15,8 +14,12 @@ from lion.cuda_kernels.device import (
     add_f64,
     as_signed,
     bits,
+    cuda,
     device,
     div,
+    float32,
+    float64,
+    int32,
     load_8,
     load_f32,
     load_i64,
@@ -28,6 +31,7 @@ from lion.cuda_kernels.device import (
     store_f32,
     sync_warp,
     to_floats,
+    uint32,
 )
 from lion.cuda_kernels.lion import load_gradient, read_count, read_inv_scale, read_item
 from lion.cuda_kernels.table import (

@@ -1,4 +1,4 @@
-"""Every intrinsic of the CUDA kernels, each with its twin for Numba's simulator.
+"""Every intrinsic of the CUDA kernels, each with its twin for the simulator, and Numba's names that they use.
 
 Floating-point operations are rounded one by one: ``a * b + c`` in a kernel would be compiled to a fused multiply-add,
 so kernels call :func:`mul` and :func:`add`. Memory is reached through int64 addresses in the global address space.
@@ -15,14 +15,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from llvmlite import ir
-from numba import config, cuda
+from numba import cuda as cuda
+from numba import float32 as float32
+from numba import float64 as float64
+from numba import int32 as int32
+from numba import uint32 as uint32
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from lion.cuda_kernels import table
+from lion.cuda_kernels import simulator, table
+from lion.cuda_kernels.simulator import exchange, synchronize
 from lion.reference.rounding import QUIET_NAN
 
-SIMULATOR = bool(config.ENABLE_CUDASIM)
+SIMULATOR = simulator.enabled()
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 
@@ -536,36 +541,24 @@ def to_bfloat16_pair(builder: Any, low: Any, high: Any) -> Any:
 # Warps ----------------------------------------------------------------------------------------------------------------
 
 
-def _exchange_twin(value: Any, choose: Callable[[int], list[int]]) -> list[Any]:
-    """Return what the chosen lanes of this thread's warp hold; every thread of the block takes part."""
-    thread: Any = threading.current_thread()
-    slots = thread._manager.__dict__.setdefault("slots", {})
-    lane = thread.thread_id % 32
-    slots[thread.thread_id] = value
-    thread.syncthreads()
-    values = [slots[thread.thread_id - lane + source] for source in choose(lane)]
-    thread.syncthreads()
-    return values
-
-
 def _shuffle_xor(builder: Any, pattern: Any, mask: Any) -> Any:
     clamp = ir.Constant(_I32, 31)
     return _call(builder, "llvm.nvvm.shfl.sync.bfly.i32", _I32, _ALL_LANES, pattern, mask, clamp)
 
 
-@_intrinsic(_f32(_f32, _i32), lambda value, mask: _exchange_twin(value, lambda lane: [lane ^ mask])[0])
+@_intrinsic(_f32(_f32, _i32), lambda value, mask: exchange(value, lambda lane: [lane ^ mask])[0])
 def shuffle_xor(builder: Any, value: Any, mask: Any) -> Any:
     """Return ``value`` of the lane whose number differs in the bits of ``mask``; all lanes take part."""
     return builder.bitcast(_shuffle_xor(builder, builder.bitcast(value, _I32), mask), _FLOAT)
 
 
-@_intrinsic(_u32(_u32, _i32), lambda value, mask: _exchange_twin(value, lambda lane: [lane ^ mask])[0])
+@_intrinsic(_u32(_u32, _i32), lambda value, mask: exchange(value, lambda lane: [lane ^ mask])[0])
 def shuffle_xor_u32(builder: Any, value: Any, mask: Any) -> Any:
     """Return ``value`` of the lane whose number differs in the bits of ``mask``; all lanes take part."""
     return _shuffle_xor(builder, value, mask)
 
 
-@_intrinsic(_f64(_f64, _i32), lambda value, mask: _exchange_twin(value, lambda lane: [lane ^ mask])[0])
+@_intrinsic(_f64(_f64, _i32), lambda value, mask: exchange(value, lambda lane: [lane ^ mask])[0])
 def shuffle_xor_f64(builder: Any, value: Any, mask: Any) -> Any:
     """Return ``value`` of the lane whose number differs in the bits of ``mask``; all lanes take part."""
     pattern = builder.bitcast(value, _I64)
@@ -575,7 +568,7 @@ def shuffle_xor_f64(builder: Any, value: Any, mask: Any) -> Any:
     return builder.bitcast(both, _DOUBLE)
 
 
-@_intrinsic(_u32(_u32), lambda value: max(_exchange_twin(value, lambda lane: list(range(32)))))
+@_intrinsic(_u32(_u32), lambda value: max(exchange(value, lambda lane: list(range(32)))))
 def warp_max_u32(builder: Any, value: Any) -> Any:
     """Return the greatest ``value`` of the warp; all lanes take part."""
 
@@ -595,7 +588,7 @@ def warp_max_u32(builder: Any, value: Any) -> Any:
     )
 
 
-@_intrinsic(_void(), lambda: threading.current_thread().syncthreads())  # type: ignore[attr-defined]
+@_intrinsic(_void(), synchronize)
 def sync_warp(builder: Any) -> None:
     """Wait for all lanes of the warp; what they wrote before is seen by all after."""
     _call(builder, "llvm.nvvm.bar.warp.sync", ir.VoidType(), _ALL_LANES)

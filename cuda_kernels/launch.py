@@ -29,11 +29,11 @@ from typing import Any
 
 import numpy as np
 
+from lion.cuda_kernels import simulator
 from lion.cuda_kernels.table import WARPS, WIDEST
 from lion.cuda_kernels.tuning import DEFAULT, Tuning
 from lion.reference.rounding import NEAREST
 
-SIMULATED_BLOCKS = 2
 UPDATES = ("update_32bit", "update_8bit_blockwise", "update_tensorwise")
 READING_GRADIENTS = (*UPDATES, "measure_tensorwise", "partial_norms")
 TUNING = DEFAULT  # of the updates that are launched
@@ -49,10 +49,10 @@ def require() -> None:
     """
     if importlib.util.find_spec("numba_cuda") is None:
         raise RuntimeError(f"CUDA tensors need numba-cuda, which is not installed: {INSTALL}")
-    from numba import config, cuda
-
-    if config.ENABLE_CUDASIM:
+    if simulator.enabled():
         return
+    from numba import cuda
+
     try:
         # The compiler imports it at the first kernel, and all that it asks of NumPy with it.
         importlib.import_module("numba.cuda.np.arrayobj")
@@ -150,11 +150,11 @@ def most_registers(name: str, tuning: Tuning) -> dict[str, int]:
 def _compiled(name: str, dtype: str | None, device: int, **kind: Any) -> tuple[Any, int]:
     """Return a kernel compiled for a device and the number of its blocks that the device runs at once."""
     require()
-    from numba import config, cuda, types
+    from numba import cuda, types
 
     function = kernel(name, dtype, **kind)
-    if config.ENABLE_CUDASIM:
-        return cuda.jit(function), SIMULATED_BLOCKS
+    if simulator.enabled():
+        return cuda.jit(function), simulator.BLOCKS
     signature = (types.int64,) * function.__code__.co_argcount
     options = most_registers(name, kind.get("tuning", DEFAULT))
     try:
@@ -169,10 +169,8 @@ def _compiled(name: str, dtype: str | None, device: int, **kind: Any) -> tuple[A
 @functools.cache
 def _stream(device: int, handle: int) -> Any:
     """Return the one stream object for a handle: numba-cuda remembers launch settings by it."""
-    from numba import config, cuda
+    from numba import cuda
 
-    if config.ENABLE_CUDASIM:
-        return 0
     return cuda.external_stream(handle) if handle else cuda.default_stream()
 
 
@@ -185,10 +183,8 @@ def _launch(name: str, dtype: str | None, device: int, stream: int, blocks: int,
     try:
         dispatcher, resident = _compiled(name, dtype, device, **kind)
         grid = max(1, min(blocks, resident))
-        if simulated():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
-                dispatcher[grid, 32](*(np.int64(argument) for argument in arguments))
+        if simulator.enabled():
+            simulator.run(dispatcher, grid, 32, *map(np.int64, arguments))
         else:
             _configured(dispatcher, grid, _stream(device, stream))(*arguments)
     except (OSError, MemoryError, RuntimeError):
@@ -206,20 +202,27 @@ def _configured(dispatcher: Any, grid: int, stream: Any) -> Any:
 
 
 @functools.cache
-def simulated() -> bool:
-    """Return whether Numba's simulator takes the GPU's place."""
-    from numba import config
-
-    return bool(config.ENABLE_CUDASIM)
-
-
-@functools.cache
 def resident_blocks(device: int) -> int:
     """Return how many blocks of threads a device runs at once, about: what ``table.work_list`` asks for."""
+    require()
+    if simulator.enabled():
+        return simulator.BLOCKS
     from numba import cuda
 
-    require()
-    return SIMULATED_BLOCKS if simulated() else 4 * cuda.gpus[device].MULTIPROCESSOR_COUNT
+    return 4 * int(cuda.gpus[device].MULTIPROCESSOR_COUNT)
+
+
+def folder_on_disk() -> str:
+    """Return the folder where compiled kernels are kept; none is compiled for it.
+
+    Raises:
+        OSError: If there is no folder that can be written.
+        RuntimeError: The same, as numba-cuda says it.
+    """
+    from numba import cuda
+
+    # It follows from the place of a function's source.
+    return str(cuda.jit(cache=True)(update_32bit)._cache.cache_path)
 
 
 def update_32bit(

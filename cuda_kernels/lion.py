@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32, uint32
 
 from lion.cuda_kernels.device import (
     BFLOAT16,
@@ -26,7 +25,9 @@ from lion.cuda_kernels.device import (
     atomic_add_i64,
     atomic_max_u32,
     bits,
+    cuda,
     device,
+    float32,
     from_bits,
     load_4_words,
     load_8,
@@ -43,6 +44,7 @@ from lion.cuda_kernels.device import (
     store_u8,
     sub,
     to_floats,
+    uint32,
 )
 from lion.cuda_kernels.quantization import (
     LOOKUP_WORDS,

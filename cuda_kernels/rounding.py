@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import int32, uint32
 
 from lion.cuda_kernels.device import (
     HALVES,
@@ -15,6 +14,7 @@ from lion.cuda_kernels.device import (
     device,
     from_bits,
     high_halves,
+    int32,
     load_8,
     load_8_of_1,
     load_8_of_2,
@@ -37,6 +37,7 @@ from lion.cuda_kernels.device import (
     store_u8,
     store_u16,
     to_floats,
+    uint32,
     wrapping_add,
 )
 from lion.cuda_kernels.table import FIRST_ELEMENT, LOW, PARAMETER, SEED, STEP, WIDEST

@@ -18,7 +18,7 @@ from lion._backends.loss_scale import LossScale
 from lion._backends.protocol import DTYPES, StepCoefficients
 from lion._memory import paging
 from lion._options import Kind
-from lion.cuda_kernels import launch
+from lion.cuda_kernels import launch, simulator
 from lion.cuda_kernels.clipping import CHUNK
 from lion.cuda_kernels.quantization import lookup_table
 from lion.cuda_kernels.table import BLOCK_SIZE, alignment, table, work_list
@@ -40,9 +40,9 @@ class CudaBackend:
     """
 
     def __init__(self, simulated: bool) -> None:
-        if simulated != launch.simulated():
+        if simulated != simulator.enabled():
             raise RuntimeError(
-                "The backend 'cuda' serves CPU tensors where NUMBA_ENABLE_CUDASIM=1 is in the environment, "
+                f"The backend 'cuda' serves CPU tensors where {simulator.VARIABLE}=1 is in the environment, "
                 "and CUDA tensors where it is not"
             )
         self._captured: set[_Memory] = set()

@@ -8,7 +8,6 @@ code 1.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from lion import functional, reference
 from lion._backends import DTYPES, as_numpy, use_backend
 from lion._cli import add_json, device_name, print_json, progress_bars
+from lion.cuda_kernels import simulator
 from lion.optimizers import Lion
 from lion.reference.clipping import HISTORY
 from lion.reference.rounding import LOW_DTYPES, Weights
@@ -100,13 +100,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry the command out and return its exit code."""
-    if options.simulator and os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
+    if options.simulator and not simulator.asked_for():
         # Numba reads the variable when it is imported, which has happened already.
         command = [sys.executable, "-m", "lion", "check", "--simulator", *["--json"] * options.json]
         # Ctrl-C reaches both processes: the other one says so and ends.
         before = signal.signal(signal.SIGINT, lambda *_: None)
         try:
-            return subprocess.run(command, env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}).returncode
+            return subprocess.run(command, env=simulator.environment()).returncode
         finally:
             signal.signal(signal.SIGINT, before)
 

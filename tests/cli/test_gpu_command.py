@@ -16,7 +16,7 @@ import benchmarks.__main__ as benchmark
 import benchmarks.gpu.__main__ as command
 from benchmarks.gpu.parts import PARTS, Part
 from benchmarks.gpu.variants import VARIANTS
-from lion.cuda_kernels import launch
+from lion.cuda_kernels import launch, simulator
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="parts are ended as process groups")
 
@@ -53,7 +53,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert printed.index("wrote") < printed.index("Timings") < printed.rindex("Parts") < printed.rindex(PARTS[-1].name)
 
 
-@pytest.mark.skipif(not launch.simulated(), reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment")
+@pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 def test_dry_run_of_the_kernels_in_the_simulator(tmp_path: Path) -> None:
     report, _ = dry_run(tmp_path, "--only", "kernels", LION_BACKEND="cuda")
     on_cpu, _ = dry_run(tmp_path, "--only", "kernels", LION_BACKEND="cpu")

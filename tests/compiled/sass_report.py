@@ -7,14 +7,13 @@ python -m tests.compiled.sass_report 9.0 12.0           some
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
 from typing import NamedTuple
 
 from benchmarks.gpu.variants import VARIANTS
-from lion.cuda_kernels import launch
+from lion.cuda_kernels import launch, simulator
 from lion.cuda_kernels.tuning import Tuning
 from lion.reference.rounding import MASTER_24, MASTER_32, NEAREST, STOCHASTIC
 from tests.compiled import building
@@ -127,8 +126,7 @@ def _print_budgets() -> None:
 def _sectors() -> dict[tuple[str, str, int, bool], list[int]]:
     """Return what ``tests.differential.sectors`` counts, by kernel, dtype, way of keeping and whether in halves."""
     command = [sys.executable, "-m", "tests.differential.sectors"]
-    environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
-    counted = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    counted = subprocess.run(command, env=simulator.environment(), capture_output=True, text=True, check=True).stdout
     return {(name, dtype, how, halves): count for name, dtype, how, halves, *count in json.loads(counted)}
 
 
@@ -198,7 +196,7 @@ def main() -> None:
     print("registers: fewer registers, more warps. With the limits of *all loads first* it does not. At 48 registers,")
     print("a multiprocessor holds 40 warps of the 8-bit update instead of 32, but values are spilled. Loading the")
     print(
-        "*next block ahead* costs registers for what waits, and moves between them. Counted on 9.0; spills in bytes.\n"
+        "*next block ahead* costs registers for what waits, and moves between them. Counted on 9.0, spills in bytes.\n"
     )
     _print_variants()
 

@@ -24,18 +24,19 @@ from tests.differential.every_weight import (
 ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importable")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numba import cuda, float32, uint32  # noqa: E402
-
 from lion.cuda_kernels.device import (  # noqa: E402
     BFLOAT16,
     FLOAT32,
     TOGETHER,
+    cuda,
+    float32,
     load_8,
     load_f32,
     load_u32,
     mul,
     store_8,
     to_floats,
+    uint32,
 )
 from lion.cuda_kernels.rounding import (  # noqa: E402
     join_8_weights,

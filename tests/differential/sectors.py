@@ -1,4 +1,4 @@
-"""Counts the sectors of memory that a warp's accesses ask for; ``NUMBA_ENABLE_CUDASIM=1`` has to be in the environment.
+"""Counts the sectors of memory that a warp's accesses ask for; it needs the simulator.
 
 A warp's access asks for every sector of 32 bytes that one of its lanes touches. Of loads, the first to touch a sector
 asks the L2 cache for it and the next finds it in the L1 cache; a store is sent on as it is, in as many sectors.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from lion.cuda_kernels import device, launch, lion, quantization, rounding
+from lion.cuda_kernels import device, launch, lion, quantization, rounding, simulator
 from lion.cuda_kernels.tuning import Tuning
 from tests.comparing import guarded
 from tests.differential import cuda_cases as cases
@@ -82,7 +81,7 @@ def count(kind: str, kinds: cases.Kinds, tuning: Tuning) -> Count:
             for part in counted:
                 array = memory.buffers[part].array
                 if array.ctypes.data <= first < array.ctypes.data + array.nbytes:
-                    lane = threading.current_thread().thread_id  # type: ignore[attr-defined]
+                    lane = simulator.thread_number()
                     seen[part, stores][lane].append({first // SECTOR, (first + size - 1) // SECTOR})
             return function(address, *values)
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lion.cuda_kernels import launch
+from lion.cuda_kernels import launch, simulator
 from lion.cuda_kernels.tuning import DEFAULT, Tuning
 from tests import strategies
 from tests.comparing import guarded
 from tests.differential import cuda_cases as cases
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("NUMBA_ENABLE_CUDASIM") != "1", reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment"
-)
+pytestmark = pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 
 few = settings(max_examples=5)
 KINDS = ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"]

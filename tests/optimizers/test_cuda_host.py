@@ -17,13 +17,10 @@ from tests.optimizers.support import KINDS, every_kind, move_to_bucket, paramete
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numba import config  # noqa: E402
-from numba import cuda as numba_cuda  # noqa: E402
-
 from lion._backends import cuda  # noqa: E402
-from lion.cuda_kernels import launch  # noqa: E402
+from lion.cuda_kernels import device, launch, simulator  # noqa: E402
 
-simulated = pytest.mark.skipif(not config.ENABLE_CUDASIM, reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment")
+simulated = pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 
 
 def test_threads_that_take_their_first_step_at_once_share_one_lookup_table(monkeypatch):
@@ -64,7 +61,7 @@ class Dispatcher:
         return SimpleNamespace(max_cooperative_grid_blocks=lambda threads: 7)
 
 
-@pytest.mark.skipif(bool(config.ENABLE_CUDASIM), reason="the simulator compiles nothing")
+@pytest.mark.skipif(simulator.enabled(), reason="the simulator compiles nothing")
 @pytest.mark.parametrize("when", ["decorating", "compiling"])
 @pytest.mark.parametrize("fault", [RuntimeError("cannot cache function: no locator"), OSError(28, "No space left")])
 def test_kernels_are_compiled_where_no_folder_can_be_written(monkeypatch, when, fault):
@@ -74,7 +71,7 @@ def test_kernels_are_compiled_where_no_folder_can_be_written(monkeypatch, when, 
         kept = Dispatcher(fault if cache else None)
         return kept if function else lambda function: kept
 
-    monkeypatch.setattr(numba_cuda, "jit", jit)
+    monkeypatch.setattr(device.cuda, "jit", jit)
     monkeypatch.setattr(launch, "require", lambda: None)
     compiled = launch._compiled.__wrapped__
     dispatcher, resident = compiled("update_32bit", "float32", 0)
