@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numba import cuda, float32, float64, int32
 
 from lion.cuda_kernels.device import (
     FLOAT32,
+    TOGETHER,
     WARPS,
     add,
     add_f64,
     as_signed,
     bits,
+    cuda,
     device,
     div,
+    float32,
+    float64,
+    int32,
     load_8,
     load_f32,
     load_i64,
@@ -26,6 +30,8 @@ from lion.cuda_kernels.device import (
     sqrt,
     store_f32,
     sync_warp,
+    to_floats,
+    uint32,
 )
 from lion.cuda_kernels.lion import load_gradient, read_count, read_inv_scale, read_item
 from lion.cuda_kernels.table import (
@@ -40,6 +46,7 @@ from lion.cuda_kernels.table import (
     SIZE,
     STEP,
     TENSORS,
+    WIDEST,
 )
 
 HISTORY = 100
@@ -48,12 +55,13 @@ NAN_ORDER = np.int32(0x7FFFFFFF)
 INFINITY = np.float32(np.inf)
 
 
-def make_partial_norms(dtype: int) -> Callable[[int], None]:
+def make_partial_norms(dtype: int, grad_alignment: int = WIDEST) -> Callable[[int], None]:
     """Return the kernel that writes the partial sum of every chunk of 4096 elements: a warp per chunk."""
     itemsize = 4 if dtype == FLOAT32 else 2
 
     def partial_norms(table: int) -> None:
-        values, lanes = cuda.local.array(8, float32), cuda.local.array(8, float32)
+        words, values = cuda.local.array(8, uint32), cuda.local.array(8, float32)
+        lanes = cuda.local.array(8, float32)
         items, inv_scale = read_count(table, ITEMS), read_inv_scale(table)
         lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
         item = cuda.blockIdx.x
@@ -67,9 +75,10 @@ def make_partial_norms(dtype: int) -> Callable[[int], None]:
                 for j in range(8):
                     lanes[j] = np.float32(0)
                 # Places past the end would add zeros, which change nothing.
-                if grads & 15 == 0:
+                if grads & (grad_alignment - 1) == 0:
                     while i + 8 <= chunk_end:
-                        load_8(dtype, grads + i * itemsize, values)
+                        load_8(dtype, TOGETHER, grad_alignment, grads + i * itemsize, words)
+                        to_floats(dtype, words, values)
                         for j in range(8):
                             value = mul(values[j], inv_scale)
                             lanes[j] = add(lanes[j], mul(value, value))

@@ -1,4 +1,4 @@
-"""Every intrinsic of the CUDA kernels, each with its twin for Numba's simulator.
+"""Every intrinsic of the CUDA kernels, each with its twin for the simulator, and Numba's names that they use.
 
 Floating-point operations are rounded one by one: ``a * b + c`` in a kernel would be compiled to a fused multiply-add,
 so kernels call :func:`mul` and :func:`add`. Memory is reached through int64 addresses in the global address space.
@@ -15,16 +15,24 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from llvmlite import ir
-from numba import config, cuda
+from numba import cuda as cuda
+from numba import float32 as float32
+from numba import float64 as float64
+from numba import int32 as int32
+from numba import uint32 as uint32
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from lion.cuda_kernels import table
+from lion.cuda_kernels import simulator, table
+from lion.cuda_kernels.simulator import exchange, synchronize
 from lion.reference.rounding import QUIET_NAN
 
-SIMULATOR = bool(config.ENABLE_CUDASIM)
+SIMULATOR = simulator.enabled()
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
+
+# Elements from the first to the second four of a lane's eight.
+TOGETHER, HALVES = 4, 128
 
 # The simulator is fastest with one warp in a block of threads.
 WARPS = 1 if SIMULATOR else table.WARPS
@@ -533,30 +541,24 @@ def to_bfloat16_pair(builder: Any, low: Any, high: Any) -> Any:
 # Warps ----------------------------------------------------------------------------------------------------------------
 
 
-def _exchange_twin(value: Any, choose: Callable[[int], list[int]]) -> list[Any]:
-    """Return what the chosen lanes of this thread's warp hold; every thread of the block takes part."""
-    thread: Any = threading.current_thread()
-    slots = thread._manager.__dict__.setdefault("slots", {})
-    lane = thread.thread_id % 32
-    slots[thread.thread_id] = value
-    thread.syncthreads()
-    values = [slots[thread.thread_id - lane + source] for source in choose(lane)]
-    thread.syncthreads()
-    return values
-
-
 def _shuffle_xor(builder: Any, pattern: Any, mask: Any) -> Any:
     clamp = ir.Constant(_I32, 31)
     return _call(builder, "llvm.nvvm.shfl.sync.bfly.i32", _I32, _ALL_LANES, pattern, mask, clamp)
 
 
-@_intrinsic(_f32(_f32, _i32), lambda value, mask: _exchange_twin(value, lambda lane: [lane ^ mask])[0])
+@_intrinsic(_f32(_f32, _i32), lambda value, mask: exchange(value, lambda lane: [lane ^ mask])[0])
 def shuffle_xor(builder: Any, value: Any, mask: Any) -> Any:
     """Return ``value`` of the lane whose number differs in the bits of ``mask``; all lanes take part."""
     return builder.bitcast(_shuffle_xor(builder, builder.bitcast(value, _I32), mask), _FLOAT)
 
 
-@_intrinsic(_f64(_f64, _i32), lambda value, mask: _exchange_twin(value, lambda lane: [lane ^ mask])[0])
+@_intrinsic(_u32(_u32, _i32), lambda value, mask: exchange(value, lambda lane: [lane ^ mask])[0])
+def shuffle_xor_u32(builder: Any, value: Any, mask: Any) -> Any:
+    """Return ``value`` of the lane whose number differs in the bits of ``mask``; all lanes take part."""
+    return _shuffle_xor(builder, value, mask)
+
+
+@_intrinsic(_f64(_f64, _i32), lambda value, mask: exchange(value, lambda lane: [lane ^ mask])[0])
 def shuffle_xor_f64(builder: Any, value: Any, mask: Any) -> Any:
     """Return ``value`` of the lane whose number differs in the bits of ``mask``; all lanes take part."""
     pattern = builder.bitcast(value, _I64)
@@ -566,7 +568,7 @@ def shuffle_xor_f64(builder: Any, value: Any, mask: Any) -> Any:
     return builder.bitcast(both, _DOUBLE)
 
 
-@_intrinsic(_u32(_u32), lambda value: max(_exchange_twin(value, lambda lane: list(range(32)))))
+@_intrinsic(_u32(_u32), lambda value: max(exchange(value, lambda lane: list(range(32)))))
 def warp_max_u32(builder: Any, value: Any) -> Any:
     """Return the greatest ``value`` of the warp; all lanes take part."""
 
@@ -586,13 +588,13 @@ def warp_max_u32(builder: Any, value: Any) -> Any:
     )
 
 
-@_intrinsic(_void(), lambda: threading.current_thread().syncthreads())  # type: ignore[attr-defined]
+@_intrinsic(_void(), synchronize)
 def sync_warp(builder: Any) -> None:
     """Wait for all lanes of the warp; what they wrote before is seen by all after."""
     _call(builder, "llvm.nvvm.bar.warp.sync", ir.VoidType(), _ALL_LANES)
 
 
-# Eight consecutive elements of a parameter or gradient ----------------------------------------------------------------
+# Elements of tensors --------------------------------------------------------------------------------------------------
 
 
 @device
@@ -617,15 +619,91 @@ def store_float(dtype: int, address: int, value: np.float32) -> None:
 
 
 @device
-def load_8(dtype: int, address: int, values: np.ndarray) -> None:
-    """Fill ``values`` with eight elements as float32, by 128-bit loads."""
-    if dtype == FLOAT32:
-        low, high = load_4_words(address), load_4_words(address + 16)
-        for i in range(4):
-            values[i] = from_bits(low[i])
-            values[i + 4] = from_bits(high[i])
+def load_2_u16(address: int) -> np.uint32:
+    """Return the two uint16 at an address in one word."""
+    return np.uint32(load_u16(address) | np.uint32(load_u16(address + 2) << np.uint32(16)))
+
+
+@device
+def load_8_bytes(alignment: int, address: int) -> Any:
+    """Return two uint32 by loads of at most ``alignment`` bytes, a power of two that divides the address."""
+    if alignment >= 8:
+        return load_2_words(address)
+    if alignment == 4:
+        return load_u32(address), load_u32(address + 4)
+    return load_2_u16(address), load_2_u16(address + 4)
+
+
+@device
+def load_16_bytes(alignment: int, address: int) -> Any:
+    """Return four uint32 by loads of at most ``alignment`` bytes, a power of two that divides the address."""
+    if alignment == 16:
+        return load_4_words(address)
+    low, high = load_8_bytes(alignment, address), load_8_bytes(alignment, address + 8)
+    return low[0], low[1], high[0], high[1]
+
+
+# Eight elements of a lane: four, and four that begin ``gap`` elements further on. Those that lie together take the
+# fewest accesses; halves of a block of 256 apart, each access of a warp is to consecutive bytes.
+
+
+@device
+def load_8_of_1(gap: int, address: int) -> Any:
+    """Return eight elements of 1 byte in two words."""
+    if gap == TOGETHER:
+        return load_2_words(address)
+    return load_u32(address), load_u32(address + gap)
+
+
+@device
+def store_8_of_1(gap: int, address: int, a: np.uint32, b: np.uint32) -> None:
+    """Write eight elements of 1 byte."""
+    if gap == TOGETHER:
+        store_2_words(address, a, b)
     else:
-        words = load_4_words(address)
+        store_u32(address, a)
+        store_u32(address + gap, b)
+
+
+@device
+def load_8_of_2(gap: int, alignment: int, address: int) -> Any:
+    """Return eight elements of 2 bytes in four words."""
+    if gap == TOGETHER:
+        return load_16_bytes(alignment, address)
+    low, high = load_8_bytes(alignment, address), load_8_bytes(alignment, address + 2 * gap)
+    return low[0], low[1], high[0], high[1]
+
+
+@device
+def store_8_of_2(gap: int, address: int, a: np.uint32, b: np.uint32, c: np.uint32, d: np.uint32) -> None:
+    """Write eight elements of 2 bytes."""
+    if gap == TOGETHER:
+        store_4_words(address, a, b, c, d)
+    else:
+        store_2_words(address, a, b)
+        store_2_words(address + 2 * gap, c, d)
+
+
+@device
+def load_8(dtype: int, gap: int, alignment: int, address: int, words: np.ndarray) -> None:
+    """Fill ``words`` with the bits of eight elements, by loads of at most ``alignment`` bytes."""
+    if dtype == FLOAT32:
+        low, high = load_16_bytes(alignment, address), load_16_bytes(alignment, address + 4 * gap)
+        for i in range(4):
+            words[i], words[i + 4] = low[i], high[i]
+    else:
+        pairs = load_8_of_2(gap, alignment, address)
+        for i in range(4):
+            words[i] = pairs[i]
+
+
+@device
+def to_floats(dtype: int, words: np.ndarray, values: np.ndarray) -> None:
+    """Fill ``values`` with the eight elements whose bits :func:`load_8` has loaded."""
+    if dtype == FLOAT32:
+        for i in range(8):
+            values[i] = from_bits(words[i])
+    else:
         for i in range(4):
             if dtype == FLOAT16:
                 values[2 * i] = from_half(words[i])
@@ -636,13 +714,14 @@ def load_8(dtype: int, address: int, values: np.ndarray) -> None:
 
 
 @device
-def store_8(dtype: int, address: int, values: np.ndarray) -> None:
-    """Write eight float32, rounded to the dtype, by 128-bit stores."""
+def store_8(dtype: int, gap: int, address: int, values: np.ndarray) -> None:
+    """Write eight float32, rounded to the dtype, by accesses as wide as can be."""
     if dtype == FLOAT32:
         store_4_words(address, bits(values[0]), bits(values[1]), bits(values[2]), bits(values[3]))
-        store_4_words(address + 16, bits(values[4]), bits(values[5]), bits(values[6]), bits(values[7]))
+        store_4_words(address + 4 * gap, bits(values[4]), bits(values[5]), bits(values[6]), bits(values[7]))
     elif dtype == FLOAT16:
-        store_4_words(
+        store_8_of_2(
+            gap,
             address,
             to_half_pair(values[0], values[1]),
             to_half_pair(values[2], values[3]),
@@ -650,7 +729,8 @@ def store_8(dtype: int, address: int, values: np.ndarray) -> None:
             to_half_pair(values[6], values[7]),
         )
     else:
-        store_4_words(
+        store_8_of_2(
+            gap,
             address,
             to_bfloat16_pair(values[0], values[1]),
             to_bfloat16_pair(values[2], values[3]),

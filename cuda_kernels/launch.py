@@ -13,7 +13,7 @@ provides, in device memory:
 
 ``device`` is the index of the device, which must be the calling thread's current one; ``stream`` is the raw handle of
 a CUDA stream, 0 for the default stream. A call may be captured in a CUDA graph after a first one of its kind: with its
-dtypes, with or without a scaled loss, and with its parameters kept in the same way.
+dtypes, with or without a scaled loss, with its parameters kept in the same way and its gradients aligned as well.
 Under Numba's simulator the addresses are those of ordinary memory.
 """
 
@@ -29,11 +29,14 @@ from typing import Any
 
 import numpy as np
 
-from lion.cuda_kernels.table import WARPS
+from lion.cuda_kernels import simulator
+from lion.cuda_kernels.table import WARPS, WIDEST
+from lion.cuda_kernels.tuning import DEFAULT, Tuning
 from lion.reference.rounding import NEAREST
 
-SIMULATED_BLOCKS = 2
 UPDATES = ("update_32bit", "update_8bit_blockwise", "update_tensorwise")
+READING_GRADIENTS = (*UPDATES, "measure_tensorwise", "partial_norms")
+TUNING = DEFAULT  # of the updates that are launched
 INSTALL = 'pip install "numba-lion[cu13]" (or "numba-lion[cu12]" for a driver of CUDA 12)'
 
 
@@ -46,10 +49,10 @@ def require() -> None:
     """
     if importlib.util.find_spec("numba_cuda") is None:
         raise RuntimeError(f"CUDA tensors need numba-cuda, which is not installed: {INSTALL}")
-    from numba import config, cuda
-
-    if config.ENABLE_CUDASIM:
+    if simulator.enabled():
         return
+    from numba import cuda
+
     try:
         # The compiler imports it at the first kernel, and all that it asks of NumPy with it.
         importlib.import_module("numba.cuda.np.arrayobj")
@@ -92,7 +95,13 @@ def _version() -> str:
 
 @functools.cache
 def kernel(
-    name: str, dtype: str | None, scaled_loss: bool = False, grad_dtype: str | None = None, weights: int = NEAREST
+    name: str,
+    dtype: str | None,
+    scaled_loss: bool = False,
+    grad_dtype: str | None = None,
+    weights: int = NEAREST,
+    grad_alignment: int = WIDEST,
+    tuning: Tuning = DEFAULT,
 ) -> Any:
     """Return the Python function of a kernel.
 
@@ -102,6 +111,8 @@ def kernel(
         scaled_loss: Whether it is the kind of update that undoes the scaling of the loss (default: False).
         grad_dtype: Of the kernels in ``UPDATES``, the dtype of the gradients (default: None, ``dtype``).
         weights: Of the same, how the parameters are kept (default: ``NEAREST``).
+        grad_alignment: Of the kernels that read gradients, what their addresses are multiples of (default: 16).
+        tuning: Of the kernels in ``UPDATES``, how they are made (default: as programs get them).
 
     Returns:
         The function, to be compiled; its name on disk and in profilers tells what it is.
@@ -116,29 +127,41 @@ def kernel(
         function = make()
     else:
         if name in UPDATES:
-            options |= {"grad_dtype": codes[grad_dtype or dtype], "weights": weights}
+            options |= {"grad_dtype": codes[grad_dtype or dtype], "weights": weights, "tuning": tuning}
+        if name in READING_GRADIENTS:
+            options["grad_alignment"] = grad_alignment
         function = make(codes[dtype], **options)
     # numba-cuda's disk cache names its files so; it would not notice a change in another module.
     kind = f"{dtype or 'any'}{f'_{grad_dtype}' if grad_dtype else ''}{f'_weights{weights}' if weights else ''}"
+    kind += f"_aligned{grad_alignment}" if grad_alignment != WIDEST else ""
+    if tuning != DEFAULT:
+        kind += f"_{hashlib.sha256(repr(tuning).encode()).hexdigest()[:8]}"
     function.__qualname__ = f"{name}_{kind}{'_scaled' * scaled_loss}_{_version()}"
     return function
+
+
+def most_registers(name: str, tuning: Tuning) -> dict[str, int]:
+    """Return the option of ``cuda.jit`` that limits a kernel's registers, if something does."""
+    limits = dict(tuning.max_registers)
+    return {"max_registers": limits[name]} if name in limits else {}
 
 
 @functools.cache
 def _compiled(name: str, dtype: str | None, device: int, **kind: Any) -> tuple[Any, int]:
     """Return a kernel compiled for a device and the number of its blocks that the device runs at once."""
     require()
-    from numba import config, cuda, types
+    from numba import cuda, types
 
     function = kernel(name, dtype, **kind)
-    if config.ENABLE_CUDASIM:
-        return cuda.jit(function), SIMULATED_BLOCKS
+    if simulator.enabled():
+        return cuda.jit(function), simulator.BLOCKS
     signature = (types.int64,) * function.__code__.co_argcount
+    options = most_registers(name, kind.get("tuning", DEFAULT))
     try:
-        dispatcher = cuda.jit(cache=True)(function)
+        dispatcher = cuda.jit(cache=True, **options)(function)
         compiled = dispatcher.compile(signature)
     except (OSError, RuntimeError):  # there is no folder that can be written, or the disk is full
-        dispatcher = cuda.jit(function)
+        dispatcher = cuda.jit(**options)(function)
         compiled = dispatcher.compile(signature)
     return dispatcher, compiled.max_cooperative_grid_blocks(32 * WARPS)
 
@@ -146,10 +169,8 @@ def _compiled(name: str, dtype: str | None, device: int, **kind: Any) -> tuple[A
 @functools.cache
 def _stream(device: int, handle: int) -> Any:
     """Return the one stream object for a handle: numba-cuda remembers launch settings by it."""
-    from numba import config, cuda
+    from numba import cuda
 
-    if config.ENABLE_CUDASIM:
-        return 0
     return cuda.external_stream(handle) if handle else cuda.default_stream()
 
 
@@ -162,10 +183,8 @@ def _launch(name: str, dtype: str | None, device: int, stream: int, blocks: int,
     try:
         dispatcher, resident = _compiled(name, dtype, device, **kind)
         grid = max(1, min(blocks, resident))
-        if simulated():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
-                dispatcher[grid, 32](*(np.int64(argument) for argument in arguments))
+        if simulator.enabled():
+            simulator.run(dispatcher, grid, 32, *map(np.int64, arguments))
         else:
             _configured(dispatcher, grid, _stream(device, stream))(*arguments)
     except (OSError, MemoryError, RuntimeError):
@@ -183,20 +202,27 @@ def _configured(dispatcher: Any, grid: int, stream: Any) -> Any:
 
 
 @functools.cache
-def simulated() -> bool:
-    """Return whether Numba's simulator takes the GPU's place."""
-    from numba import config
-
-    return bool(config.ENABLE_CUDASIM)
-
-
-@functools.cache
 def resident_blocks(device: int) -> int:
     """Return how many blocks of threads a device runs at once, about: what ``table.work_list`` asks for."""
+    require()
+    if simulator.enabled():
+        return simulator.BLOCKS
     from numba import cuda
 
-    require()
-    return SIMULATED_BLOCKS if simulated() else 4 * cuda.gpus[device].MULTIPROCESSOR_COUNT
+    return 4 * int(cuda.gpus[device].MULTIPROCESSOR_COUNT)
+
+
+def folder_on_disk() -> str:
+    """Return the folder where compiled kernels are kept; none is compiled for it.
+
+    Raises:
+        OSError: If there is no folder that can be written.
+        RuntimeError: The same, as numba-cuda says it.
+    """
+    from numba import cuda
+
+    # It follows from the place of a function's source.
+    return str(cuda.jit(cache=True)(update_32bit)._cache.cache_path)
 
 
 def update_32bit(
@@ -208,6 +234,7 @@ def update_32bit(
     scaled_loss: bool = False,
     grad_dtype: str | None = None,
     weights: int = NEAREST,
+    grad_alignment: int = WIDEST,
 ) -> None:
     """Launch the update of a table's parameters and float32 momentum.
 
@@ -222,11 +249,14 @@ def update_32bit(
         weights: How the parameters are kept; all but ``lion.reference.rounding.NEAREST`` (default) for bfloat16 only.
             ``STOCHASTIC`` takes the table's ``seed``, ``first_elements`` and ``parameters``, ``MASTER_24`` and
             ``MASTER_32`` take its ``lows``.
+        grad_alignment: What the gradients' addresses are multiples of, 16 (default), 8, 4 or 2: they alone are loaded
+            in pieces of so many bytes. A gradient whose address is no multiple makes the kernel take its tensor
+            element by element.
 
     Raises:
         ValueError: If ``weights`` is not for this dtype.
     """
-    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights)
+    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights, grad_alignment)
     _launch("update_32bit", dtype, device, stream, items, table, **kind)
 
 
@@ -239,9 +269,10 @@ def update_8bit_blockwise(
     scaled_loss: bool = False,
     grad_dtype: str | None = None,
     weights: int = NEAREST,
+    grad_alignment: int = WIDEST,
 ) -> None:
     """Launch the update of a table's parameters and blockwise 8-bit momentum; arguments as :func:`update_32bit`."""
-    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights)
+    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights, grad_alignment)
     _launch("update_8bit_blockwise", dtype, device, stream, items, table, **kind)
 
 
@@ -255,6 +286,7 @@ def update_8bit_tensorwise(
     scaled_loss: bool = False,
     grad_dtype: str | None = None,
     weights: int = NEAREST,
+    grad_alignment: int = WIDEST,
 ) -> None:
     """Launch the update of a table's parameters and tensor-wise 8-bit momentum.
 
@@ -268,26 +300,32 @@ def update_8bit_tensorwise(
         scaled_loss: Whether the table has an ``inv_scale`` (default: False).
         grad_dtype: The dtype of the gradients (default: None, that of the parameters).
         weights: How the parameters are kept (default: ``NEAREST``), see :func:`update_32bit`.
+        grad_alignment: What the gradients' addresses are multiples of (default: 16), see :func:`update_32bit`.
 
     Raises:
         ValueError: If ``weights`` is not for this dtype.
     """
-    kind, few = _kind_of(dtype, scaled_loss, grad_dtype, weights), -(-tensors // (32 * WARPS))
+    kind = _kind_of(dtype, scaled_loss, grad_dtype, weights, grad_alignment)
+    reading = {"scaled_loss": scaled_loss, "grad_alignment": grad_alignment}
+    few = -(-tensors // (32 * WARPS))
     _launch("begin_tensorwise", None, device, stream, few, table)
-    _launch("measure_tensorwise", grad_dtype or dtype, device, stream, items, table, scaled_loss=scaled_loss)
+    _launch("measure_tensorwise", grad_dtype or dtype, device, stream, items, table, **reading)
     _launch("update_tensorwise", dtype, device, stream, items, table, **kind)
     _launch("end_tensorwise", None, device, stream, few, table)
 
 
-def _kind_of(dtype: str, scaled_loss: bool, grad_dtype: str | None, weights: int) -> dict[str, Any]:
+def _kind_of(
+    dtype: str, scaled_loss: bool, grad_dtype: str | None, weights: int, grad_alignment: int
+) -> dict[str, Any]:
     """Return an update's further arguments of :func:`kernel`, the same for the same kernel."""
     if weights != NEAREST and dtype != "bfloat16":
         raise ValueError(f"Invalid dtype: {dtype!r}; stochastic rounding and master values are for 'bfloat16'")
     other = None if grad_dtype == dtype else grad_dtype
-    return {"scaled_loss": scaled_loss, "grad_dtype": other, "weights": weights}
+    kind = {"scaled_loss": scaled_loss, "grad_dtype": other, "weights": weights, "grad_alignment": grad_alignment}
+    return {**kind, "tuning": TUNING}
 
 
-def partial_norms(dtype: str, table: int, items: int, device: int, stream: int) -> None:
+def partial_norms(dtype: str, table: int, items: int, device: int, stream: int, grad_alignment: int = WIDEST) -> None:
     """Launch the partial sums of a table's squared gradients, written to ``partials``.
 
     Args:
@@ -296,8 +334,9 @@ def partial_norms(dtype: str, table: int, items: int, device: int, stream: int) 
         items: Number of items in its work list, of unit 4096.
         device: Index of the device.
         stream: Handle of the stream.
+        grad_alignment: What the gradients' addresses are multiples of (default: 16), see :func:`update_32bit`.
     """
-    _launch("partial_norms", dtype, device, stream, items, table)
+    _launch("partial_norms", dtype, device, stream, items, table, grad_alignment=grad_alignment)
 
 
 def squared_norm(table: int, tensors: int, device: int, stream: int) -> None:

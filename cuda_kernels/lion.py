@@ -2,7 +2,8 @@
 
 Every kernel takes the address of a table (see :mod:`lion.cuda_kernels.table`). A block of threads takes work items in
 turn; within one, the warps take turns at its blocks of 256 elements. Whole blocks of a tensor whose addresses allow it
-go first, 8 consecutive elements a lane, moved by 128 bits; the rest is moved element by element.
+go first, 8 elements a lane, by the widest accesses; the rest is moved element by element. Kernels of a smaller
+``grad_alignment`` load gradients, and nothing else, in pieces of so many bytes: those of views of a bucket.
 """
 
 from __future__ import annotations
@@ -11,34 +12,39 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32, uint32
 
 from lion.cuda_kernels.device import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
+    HALVES,
+    TOGETHER,
     WARPS,
     abs_max,
     add,
     atomic_add_i64,
     atomic_max_u32,
     bits,
+    cuda,
     device,
+    float32,
     from_bits,
-    load_2_words,
     load_4_words,
     load_8,
+    load_8_of_1,
     load_f32,
     load_float,
     load_i64,
     load_u8,
     mul,
-    store_2_words,
     store_8,
+    store_8_of_1,
     store_f32,
     store_i64,
     store_u8,
     sub,
+    to_floats,
+    uint32,
 )
 from lion.cuda_kernels.quantization import (
     LOOKUP_WORDS,
@@ -52,11 +58,13 @@ from lion.cuda_kernels.quantization import (
     warp_max,
 )
 from lion.cuda_kernels.rounding import (
+    first_group,
+    join_8_weights,
+    load_8_weights,
     low_itemsize,
     misaligned,
     random_half,
-    random_words,
-    read_8_weights,
+    random_words_of_8,
     read_stream,
     read_weight,
     read_weights,
@@ -90,8 +98,10 @@ from lion.cuda_kernels.table import (
     STATE,
     STEP,
     TENSORS,
+    WIDEST,
     WORK,
 )
+from lion.cuda_kernels.tuning import DEFAULT, Tuning
 from lion.reference.rounding import NEAREST, STOCHASTIC
 
 SIGN_BIT = np.uint32(0x80000000)
@@ -187,9 +197,20 @@ def read_coefficients(table: int) -> Any:
 
 
 @device
-def end_of_wide(first: int, end: int, size: int, addresses: int) -> int:
-    """Return the end of an item's blocks that are moved by 128 bits: whole ones, if all ``addresses`` allow it."""
-    return min(end, size >> 8) if addresses & 15 == 0 else first
+def end_of_wide(first: int, end: int, size: int, others: int, grads: int, grad_alignment: int) -> int:
+    """Return the end of an item's blocks that are moved by 128 bits: whole ones, if the addresses allow it.
+
+    Only the gradient's may be a multiple of a smaller ``grad_alignment``.
+    """
+    return min(end, size >> 8) if (others | grads & (grad_alignment - 1)) & (WIDEST - 1) == 0 else first
+
+
+@device
+def first_of_lane(first: int, gap: int) -> int:
+    """Return the index of the first element that a lane takes of an item that begins with block ``first``."""
+    if gap == TOGETHER:
+        return first * 256 + cuda.threadIdx.x * 8
+    return (first + (cuda.threadIdx.x >> 5)) * 256 + (cuda.threadIdx.x & 31) * 4
 
 
 @device
@@ -202,14 +223,22 @@ def step(k: Any, scale: np.float32, param: np.float32, grad: np.float32, momentu
 
 
 def make_update_32bit(
-    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False
+    dtype: int,
+    grad_dtype: int,
+    weights: int = NEAREST,
+    scaled_loss: bool = False,
+    grad_alignment: int = WIDEST,
+    tuning: Tuning = DEFAULT,
 ) -> Callable[[int], None]:
     """Return the kernel that updates parameters of a dtype and their float32 momentum."""
     itemsize, grad_itemsize, low_size = ITEMSIZES[dtype], ITEMSIZES[grad_dtype], low_itemsize(weights)
     unscaled = mul if scaled_loss else keep
+    gap, ahead = HALVES if tuning.halves else TOGETHER, tuning.ahead
 
     def update_32bit(table: int) -> None:
         p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
+        pw, gw, mw = cuda.local.array(8, uint32), cuda.local.array(8, uint32), cuda.local.array(8, uint32)
+        lw = cuda.local.array(4, uint32)
         k, inv_scale = read_coefficients(table), read_inv_scale(table)
         items = read_count(table, ITEMS)
         item = cuda.blockIdx.x
@@ -221,18 +250,40 @@ def make_update_32bit(
             size, scale = load_i64(row + SIZE), read_scale(row)
             lows, origin = read_weights(weights, row)
             stream = read_stream(weights, table, row, False)
-            wide_end = end_of_wide(first, end, size, params | grads | momenta | misaligned(weights, lows, origin))
-            i = first * 256 + cuda.threadIdx.x * 8
+            others = params | momenta | misaligned(weights, lows, origin)
+            wide_end = end_of_wide(first, end, size, others, grads, grad_alignment)
+            i = first_of_lane(first, gap)
             param, grad, momentum = params + i * itemsize, grads + i * grad_itemsize, momenta + i * 4
-            lower, group = lows + i * low_size, (origin + i) >> 3
+            lower, group = lows + i * low_size, first_group(gap, origin + i, cuda.threadIdx.x)
+            if ahead and momentum < momenta + wide_end * (256 * 4):
+                load_8_weights(weights, dtype, gap, param, lower, pw, lw)
+                load_8(grad_dtype, gap, grad_alignment, grad, gw)
+                load_8(FLOAT32, gap, WIDEST, momentum, mw)
             while momentum < momenta + wide_end * (256 * 4):
-                read_8_weights(weights, dtype, param, lower, p)
-                load_8(grad_dtype, grad, g)
-                load_8(FLOAT32, momentum, m)
+                if not ahead:
+                    load_8_weights(weights, dtype, gap, param, lower, pw, lw)
+                    load_8(grad_dtype, gap, grad_alignment, grad, gw)
+                    load_8(FLOAT32, gap, WIDEST, momentum, mw)
+                join_8_weights(weights, dtype, pw, lw, p)
+                to_floats(grad_dtype, gw, g)
+                to_floats(FLOAT32, mw, m)
                 for j in range(8):
                     p[j], m[j] = step(k, scale, p[j], unscaled(g[j], inv_scale), m[j])
-                write_8_weights(weights, dtype, param, lower, p, random_words(weights, stream, group))
-                store_8(FLOAT32, momentum, m)
+                if ahead and momentum + WARPS * 256 * 4 < momenta + wide_end * (256 * 4):
+                    next_param, next_lower = param + WARPS * 256 * itemsize, lower + WARPS * 256 * low_size
+                    load_8_weights(weights, dtype, gap, next_param, next_lower, pw, lw)
+                    load_8(grad_dtype, gap, grad_alignment, grad + WARPS * 256 * grad_itemsize, gw)
+                    load_8(FLOAT32, gap, WIDEST, momentum + WARPS * 256 * 4, mw)
+                write_8_weights(
+                    weights,
+                    dtype,
+                    gap,
+                    param,
+                    lower,
+                    p,
+                    random_words_of_8(weights, gap, stream, group, cuda.threadIdx.x),
+                )
+                store_8(FLOAT32, gap, momentum, m)
                 param += WARPS * 256 * itemsize
                 grad += WARPS * 256 * grad_itemsize
                 momentum += WARPS * 256 * 4
@@ -256,6 +307,11 @@ def make_update_32bit(
             item += cuda.gridDim.x
 
     return update_32bit
+
+
+def gap_of_8bit(dtype: int, tuning: Tuning) -> int:
+    """Return how far a lane's fours are apart: only parameters of 4 bytes take two stores for eight elements."""
+    return HALVES if tuning.halves and dtype == FLOAT32 else TOGETHER
 
 
 @device
@@ -311,14 +367,21 @@ def update_8bit_element(
 
 
 def make_update_8bit_blockwise(
-    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False
+    dtype: int,
+    grad_dtype: int,
+    weights: int = NEAREST,
+    scaled_loss: bool = False,
+    grad_alignment: int = WIDEST,
+    tuning: Tuning = DEFAULT,
 ) -> Callable[[int], None]:
     """Return the kernel that updates parameters of a dtype and their 8-bit momentum: a warp per block of 256."""
     itemsize, grad_itemsize, low_size = ITEMSIZES[dtype], ITEMSIZES[grad_dtype], low_itemsize(weights)
     unscaled = mul if scaled_loss else keep
+    gap, ahead = gap_of_8bit(dtype, tuning), tuning.ahead
 
     def update_8bit_blockwise(table: int) -> None:
         p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
+        pw, gw, lw = cuda.local.array(8, uint32), cuda.local.array(8, uint32), cuda.local.array(4, uint32)
         lookup = cuda.shared.array(LOOKUP_WORDS, uint32)
         fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x)
         cuda.syncthreads()
@@ -334,23 +397,52 @@ def make_update_8bit_blockwise(
             scales, size, scale = load_i64(row + ABSMAX), load_i64(row + SIZE), read_scale(row)
             lows, origin = read_weights(weights, row)
             stream = read_stream(weights, table, row, False)
-            wide_end = end_of_wide(first, end, size, params | grads | codes << 1 | misaligned(weights, lows, origin))
-            i = first * 256 + cuda.threadIdx.x * 8
+            others = params | codes << 1 | misaligned(weights, lows, origin)
+            wide_end = end_of_wide(first, end, size, others, grads, grad_alignment)
+            i = first_of_lane(first, gap)
             param, grad, code = params + i * itemsize, grads + i * grad_itemsize, codes + i
-            lower, group, absmax = lows + i * low_size, (origin + i) >> 3, scales + (first + warp) * 4
+            lower, group, absmax = (
+                lows + i * low_size,
+                first_group(gap, origin + i, cuda.threadIdx.x),
+                scales + (first + warp) * 4,
+            )
+            low, high, old_absmax = uint32(0), uint32(0), np.float32(0)
+            if ahead and absmax < scales + wide_end * 4:
+                load_8_weights(weights, dtype, gap, param, lower, pw, lw)
+                load_8(grad_dtype, gap, grad_alignment, grad, gw)
+                low, high = load_8_of_1(gap, code)
+                old_absmax = load_f32(absmax)
             while absmax < scales + wide_end * 4:
-                read_8_weights(weights, dtype, param, lower, p)
-                load_8(grad_dtype, grad, g)
-                low, high = load_2_words(code)
-                dequantize_8(low, high, load_f32(absmax), lookup, m)
+                if not ahead:
+                    load_8_weights(weights, dtype, gap, param, lower, pw, lw)
+                    load_8(grad_dtype, gap, grad_alignment, grad, gw)
+                    low, high = load_8_of_1(gap, code)
+                    old_absmax = load_f32(absmax)
+                join_8_weights(weights, dtype, pw, lw, p)
+                to_floats(grad_dtype, gw, g)
+                dequantize_8(low, high, old_absmax, lookup, m)
                 for j in range(8):
                     p[j], m[j] = step(k, scale, p[j], unscaled(g[j], inv_scale), m[j])
-                write_8_weights(weights, dtype, param, lower, p, random_words(weights, stream, group))
+                if ahead and absmax + WARPS * 4 < scales + wide_end * 4:
+                    next_param, next_lower = param + WARPS * 256 * itemsize, lower + WARPS * 256 * low_size
+                    load_8_weights(weights, dtype, gap, next_param, next_lower, pw, lw)
+                    load_8(grad_dtype, gap, grad_alignment, grad + WARPS * 256 * grad_itemsize, gw)
+                    low, high = load_8_of_1(gap, code + WARPS * 256)
+                    old_absmax = load_f32(absmax + WARPS * 4)
+                write_8_weights(
+                    weights,
+                    dtype,
+                    gap,
+                    param,
+                    lower,
+                    p,
+                    random_words_of_8(weights, gap, stream, group, cuda.threadIdx.x),
+                )
                 maximum = warp_max(abs_max_8(m, np.float32(0)))
                 if lane == 0:
                     store_f32(absmax, stored_absmax(maximum))
-                low, high = quantize_8(m, maximum, code_factor(maximum), lookup)
-                store_2_words(code, low, high)
+                new_low, new_high = quantize_8(m, maximum, code_factor(maximum), lookup)
+                store_8_of_1(gap, code, new_low, new_high)
                 param += WARPS * 256 * itemsize
                 grad += WARPS * 256 * grad_itemsize
                 code += WARPS * 256
@@ -404,13 +496,15 @@ def make_begin_tensorwise() -> Callable[[int], None]:
     return begin_tensorwise
 
 
-def make_measure_tensorwise(grad_dtype: int, scaled_loss: bool = False) -> Callable[[int], None]:
+def make_measure_tensorwise(
+    grad_dtype: int, scaled_loss: bool = False, grad_alignment: int = WIDEST
+) -> Callable[[int], None]:
     """Return the kernel that gathers the greatest magnitude of each tensor's new momentum in ``new_absmax``."""
     itemsize = ITEMSIZES[grad_dtype]
     unscaled = mul if scaled_loss else keep
 
     def measure_tensorwise(table: int) -> None:
-        g, m = cuda.local.array(8, float32), cuda.local.array(8, float32)
+        g, m, gw = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, uint32)
         lookup = cuda.shared.array(LOOKUP_WORDS, uint32)
         fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x)
         cuda.syncthreads()
@@ -423,13 +517,14 @@ def make_measure_tensorwise(grad_dtype: int, scaled_loss: bool = False) -> Calla
             size, scale = load_i64(row + SIZE), read_scale(row)
             if size > 0:
                 absmax = load_f32(load_i64(row + ABSMAX))
-                wide_end = end_of_wide(first, end, size, grads | codes << 1)
+                wide_end = end_of_wide(first, end, size, codes << 1, grads, grad_alignment)
                 maximum = np.float32(0)
                 i = first * 256 + cuda.threadIdx.x * 8
                 grad, code = grads + i * itemsize, codes + i
                 while code < codes + wide_end * 256:
-                    load_8(grad_dtype, grad, g)
-                    low, high = load_2_words(code)
+                    load_8(grad_dtype, TOGETHER, grad_alignment, grad, gw)
+                    low, high = load_8_of_1(TOGETHER, code)
+                    to_floats(grad_dtype, gw, g)
                     dequantize_8(low, high, absmax, lookup, m)
                     for j in range(8):
                         m[j] = blend(k[4], m[j], k[5], mul(unscaled(g[j], inv_scale), scale))
@@ -452,14 +547,21 @@ def make_measure_tensorwise(grad_dtype: int, scaled_loss: bool = False) -> Calla
 
 
 def make_update_tensorwise(
-    dtype: int, grad_dtype: int, weights: int = NEAREST, scaled_loss: bool = False
+    dtype: int,
+    grad_dtype: int,
+    weights: int = NEAREST,
+    scaled_loss: bool = False,
+    grad_alignment: int = WIDEST,
+    tuning: Tuning = DEFAULT,
 ) -> Callable[[int], None]:
     """Return the kernel that updates parameters and codes once ``new_absmax`` holds the greatest magnitudes."""
     itemsize, grad_itemsize, low_size = ITEMSIZES[dtype], ITEMSIZES[grad_dtype], low_itemsize(weights)
     unscaled = mul if scaled_loss else keep
+    gap, ahead = gap_of_8bit(dtype, tuning), tuning.ahead
 
     def update_tensorwise(table: int) -> None:
         p, g, m = cuda.local.array(8, float32), cuda.local.array(8, float32), cuda.local.array(8, float32)
+        pw, gw, lw = cuda.local.array(8, uint32), cuda.local.array(8, uint32), cuda.local.array(4, uint32)
         lookup = cuda.shared.array(LOOKUP_WORDS, uint32)
         fill_lookup(load_i64(table + LOOKUP), lookup, cuda.threadIdx.x)
         cuda.syncthreads()
@@ -475,21 +577,42 @@ def make_update_tensorwise(
                 factor = code_factor(maximum)
                 lows, origin = read_weights(weights, row)
                 stream = read_stream(weights, table, row, True)
-                addresses = params | grads | codes << 1 | misaligned(weights, lows, origin)
-                wide_end = end_of_wide(first, end, size, addresses)
-                i = first * 256 + cuda.threadIdx.x * 8
+                others = params | codes << 1 | misaligned(weights, lows, origin)
+                wide_end = end_of_wide(first, end, size, others, grads, grad_alignment)
+                i = first_of_lane(first, gap)
                 param, grad, code = params + i * itemsize, grads + i * grad_itemsize, codes + i
-                lower, group = lows + i * low_size, (origin + i) >> 3
+                lower, group = lows + i * low_size, first_group(gap, origin + i, cuda.threadIdx.x)
+                low, high = uint32(0), uint32(0)
+                if ahead and code < codes + wide_end * 256:
+                    load_8_weights(weights, dtype, gap, param, lower, pw, lw)
+                    load_8(grad_dtype, gap, grad_alignment, grad, gw)
+                    low, high = load_8_of_1(gap, code)
                 while code < codes + wide_end * 256:
-                    read_8_weights(weights, dtype, param, lower, p)
-                    load_8(grad_dtype, grad, g)
-                    low, high = load_2_words(code)
+                    if not ahead:
+                        load_8_weights(weights, dtype, gap, param, lower, pw, lw)
+                        load_8(grad_dtype, gap, grad_alignment, grad, gw)
+                        low, high = load_8_of_1(gap, code)
+                    join_8_weights(weights, dtype, pw, lw, p)
+                    to_floats(grad_dtype, gw, g)
                     dequantize_8(low, high, absmax, lookup, m)
                     for j in range(8):
                         p[j], m[j] = step(k, scale, p[j], unscaled(g[j], inv_scale), m[j])
-                    write_8_weights(weights, dtype, param, lower, p, random_words(weights, stream, group))
-                    low, high = quantize_8(m, maximum, factor, lookup)
-                    store_2_words(code, low, high)
+                    if ahead and code + WARPS * 256 < codes + wide_end * 256:
+                        next_param, next_lower = param + WARPS * 256 * itemsize, lower + WARPS * 256 * low_size
+                        load_8_weights(weights, dtype, gap, next_param, next_lower, pw, lw)
+                        load_8(grad_dtype, gap, grad_alignment, grad + WARPS * 256 * grad_itemsize, gw)
+                        low, high = load_8_of_1(gap, code + WARPS * 256)
+                    write_8_weights(
+                        weights,
+                        dtype,
+                        gap,
+                        param,
+                        lower,
+                        p,
+                        random_words_of_8(weights, gap, stream, group, cuda.threadIdx.x),
+                    )
+                    new_low, new_high = quantize_8(m, maximum, factor, lookup)
+                    store_8_of_1(gap, code, new_low, new_high)
                     param += WARPS * 256 * itemsize
                     grad += WARPS * 256 * grad_itemsize
                     code += WARPS * 256

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import cuda, uint32
 
 from lion.cuda_kernels.device import (
     FLOAT32,
@@ -16,6 +15,7 @@ from lion.cuda_kernels.device import (
     as_signed,
     bits,
     byte,
+    cuda,
     device,
     from_bits,
     load_f32,
@@ -28,6 +28,7 @@ from lion.cuda_kernels.device import (
     store_float,
     store_u8,
     top_bytes,
+    uint32,
     warp_max_u32,
     wrapping_add,
 )

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import uint32
 
 from lion.cuda_kernels.device import (
+    HALVES,
+    TOGETHER,
     add,
     add_or_zero,
     device,
     from_bits,
     high_halves,
-    load_2_words,
-    load_4_words,
+    int32,
     load_8,
+    load_8_of_1,
+    load_8_of_2,
     load_f32,
     load_float,
     load_i64,
@@ -25,17 +27,20 @@ from lion.cuda_kernels.device import (
     multiply_words,
     quiet_bits,
     second_bytes,
+    shuffle_xor_u32,
     signed_byte,
     signed_half,
-    store_2_words,
-    store_4_words,
     store_8,
+    store_8_of_1,
+    store_8_of_2,
     store_float,
     store_u8,
     store_u16,
+    to_floats,
+    uint32,
     wrapping_add,
 )
-from lion.cuda_kernels.table import FIRST_ELEMENT, LOW, PARAMETER, SEED, STEP
+from lion.cuda_kernels.table import FIRST_ELEMENT, LOW, PARAMETER, SEED, STEP, WIDEST
 from lion.reference.rounding import (
     MASTER_24,
     MASTER_32,
@@ -91,6 +96,25 @@ def random_words(weights: int, stream: Any, group: int) -> Any:
         c2, c3 = uint32(uint32(a_high ^ c3) ^ k1), a_low
         k0, k1 = wrapping_add(k0, KEY_STEPS[0]), wrapping_add(k1, KEY_STEPS[1])
     return c0, c1, c2, c3
+
+
+@device
+def first_group(gap: int, element: int, thread: int) -> int:
+    """Return the group of eight whose random words a lane draws; ``element`` is the index of its first element."""
+    return (element >> 3) + (16 if gap == HALVES and thread & 1 else 0)
+
+
+@device
+def random_words_of_8(weights: int, gap: int, stream: Any, group: int, thread: int) -> Any:
+    """Return the random words of a lane's eight elements, which in halves are two halves of two lanes' groups."""
+    words = random_words(weights, stream, group)
+    if weights != STOCHASTIC or gap == TOGETHER:
+        return words
+    a, b, c, d = words
+    odd = thread & 1
+    e = shuffle_xor_u32(a if odd else c, int32(1))
+    f = shuffle_xor_u32(b if odd else d, int32(1))
+    return e if odd else a, f if odd else b, c if odd else e, d if odd else f
 
 
 @device
@@ -165,21 +189,33 @@ def write_weight(weights: int, dtype: int, param: int, low: int, value: np.float
 
 
 @device
-def read_8_weights(weights: int, dtype: int, param: int, low: int, values: np.ndarray) -> None:
-    """Fill ``values`` with eight elements of a parameter, by loads of 128 bits, of 64 for lower parts of int8."""
+def load_8_weights(
+    weights: int, dtype: int, gap: int, param: int, low: int, words: np.ndarray, low_words: np.ndarray
+) -> None:
+    """Fill ``words`` and ``low_words`` with the bits of eight elements of a parameter and of their lower parts."""
+    load_8(dtype, gap, WIDEST, param, words)
     if weights == MASTER_32:
-        highs, lows = load_4_words(param), load_4_words(low)
+        pairs = load_8_of_2(gap, WIDEST, low)
         for i in range(4):
-            values[2 * i] = joined(uint32(highs[i] << uint32(16)), signed_half(lows[i], uint32(0)))
-            values[2 * i + 1] = joined(uint32(highs[i] & uint32(0xFFFF0000)), signed_half(lows[i], uint32(1)))
+            low_words[i] = pairs[i]
     elif weights == MASTER_24:
-        highs, lows = load_4_words(param), load_2_words(low)
+        low_words[0], low_words[1] = load_8_of_1(gap, low)
+
+
+@device
+def join_8_weights(weights: int, dtype: int, words: np.ndarray, low_words: np.ndarray, values: np.ndarray) -> None:
+    """Fill ``values`` with the eight elements whose bits :func:`load_8_weights` has loaded."""
+    if weights == MASTER_32:
         for i in range(4):
-            word, place = lows[i // 2], 2 * (i % 2)
-            values[2 * i] = joined(uint32(highs[i] << uint32(16)), signed_byte(word, uint32(place)))
-            values[2 * i + 1] = joined(uint32(highs[i] & uint32(0xFFFF0000)), signed_byte(word, uint32(place + 1)))
+            values[2 * i] = joined(uint32(words[i] << uint32(16)), signed_half(low_words[i], uint32(0)))
+            values[2 * i + 1] = joined(uint32(words[i] & uint32(0xFFFF0000)), signed_half(low_words[i], uint32(1)))
+    elif weights == MASTER_24:
+        for i in range(4):
+            word, place = low_words[i // 2], 2 * (i % 2)
+            values[2 * i] = joined(uint32(words[i] << uint32(16)), signed_byte(word, uint32(place)))
+            values[2 * i + 1] = joined(uint32(words[i] & uint32(0xFFFF0000)), signed_byte(word, uint32(place + 1)))
     else:
-        load_8(dtype, param, values)
+        to_floats(dtype, words, values)
 
 
 @device
@@ -190,12 +226,13 @@ def round_pair(a: np.float32, b: np.float32, random: np.uint32) -> np.uint32:
 
 
 @device
-def write_8_weights(weights: int, dtype: int, param: int, low: int, values: np.ndarray, random: Any) -> None:
-    """Write eight elements of a parameter, as wide as they are read."""
+def write_8_weights(weights: int, dtype: int, gap: int, param: int, low: int, values: np.ndarray, random: Any) -> None:
+    """Write eight elements of a parameter where :func:`load_8_weights` reads them."""
     if weights == NEAREST:
-        store_8(dtype, param, values)
+        store_8(dtype, gap, param, values)
     elif weights == STOCHASTIC:
-        store_4_words(
+        store_8_of_2(
+            gap,
             param,
             round_pair(values[0], values[1], random[0]),
             round_pair(values[2], values[3], random[1]),
@@ -207,9 +244,10 @@ def write_8_weights(weights: int, dtype: int, param: int, low: int, values: np.n
         c, d = rounded(weights, quiet_bits(values[2])), rounded(weights, quiet_bits(values[3]))
         e, f = rounded(weights, quiet_bits(values[4])), rounded(weights, quiet_bits(values[5]))
         g, h = rounded(weights, quiet_bits(values[6])), rounded(weights, quiet_bits(values[7]))
-        store_4_words(param, high_halves(a, b), high_halves(c, d), high_halves(e, f), high_halves(g, h))
+        store_8_of_2(gap, param, high_halves(a, b), high_halves(c, d), high_halves(e, f), high_halves(g, h))
         if weights == MASTER_32:
-            store_4_words(
+            store_8_of_2(
+                gap,
                 low,
                 uint32(low_halves(a, b) ^ LOW_HALF_SIGNS),
                 uint32(low_halves(c, d) ^ LOW_HALF_SIGNS),
@@ -217,7 +255,8 @@ def write_8_weights(weights: int, dtype: int, param: int, low: int, values: np.n
                 uint32(low_halves(g, h) ^ LOW_HALF_SIGNS),
             )
         else:
-            store_2_words(
+            store_8_of_1(
+                gap,
                 low,
                 uint32(second_bytes(a, b, c, d) ^ LOW_BYTE_SIGNS),
                 uint32(second_bytes(e, f, g, h) ^ LOW_BYTE_SIGNS),

@@ -34,9 +34,10 @@ LOW, FIRST_ELEMENT, PARAMETER, DONE, ROW_BYTES = range(80, 120, 8)
 # Work item, in bytes from its start: int64.
 ITEM_TENSOR, ITEM_FIRST, ITEM_END, ITEM_BYTES = range(0, 32, 8)
 
-# Elements that a warp handles at once, warps in a block of threads, and the most items per block of threads that can
-# be resident: enough to even out their run times, few enough for a short list.
+# Elements that a warp handles at once, the most bytes that a lane moves at once, warps in a block of threads, and the
+# most items per block of threads that can be resident: enough to even out their run times, few enough for a short list.
 BLOCK_SIZE = 256
+WIDEST = 16
 WARPS = 8
 ITEMS_PER_RESIDENT_BLOCK = 8
 
@@ -128,3 +129,16 @@ def work_list(sizes: Int64Array, unit: int, resident_blocks: int) -> Int64Array:
     tensor = np.repeat(np.arange(len(sizes), dtype=np.int64), items)
     first = (np.arange(len(tensor), dtype=np.int64) - np.repeat(np.cumsum(items) - items, items)) * length
     return np.stack([tensor, first, np.minimum(first + length, units[tensor])], axis=1)
+
+
+def alignment(addresses: Int64Array) -> int:
+    """Return the greatest power of two up to ``WIDEST`` that divides all addresses.
+
+    Args:
+        addresses: int64 of shape (n,); 0 where there is none.
+
+    Returns:
+        1, 2, 4, 8 or 16.
+    """
+    common = int(np.bitwise_or.reduce(addresses)) | WIDEST
+    return common & -common

@@ -269,13 +269,13 @@ class Weights(NamedTuple):
 
     def lows(self, size: int) -> st.SearchStrategy[Array]:
         """Lower parts: any bits, and fresh ones; empty where there are none."""
+        return seeds().map(lambda seed: self.make_lows(size, seed) * bool(seed % 4))
 
-        def make(seed: int) -> Array:
-            ends = np.iinfo(self.low_dtype)
-            drawn = np.random.default_rng(seed).integers(ends.min, ends.max + 1, size)
-            return (drawn if seed % 4 else np.zeros(size)).astype(self.low_dtype)
-
-        return st.just(np.zeros(0, np.int8)) if self.bits is None else seeds().map(make)
+    def make_lows(self, size: int, seed: int) -> Array:
+        """Return random lower parts; empty where there are none."""
+        ends = np.iinfo(self.low_dtype)
+        drawn = np.random.default_rng(seed).integers(ends.min, ends.max + 1, 0 if self.bits is None else size)
+        return drawn.astype(self.low_dtype)
 
     def of_reference(self, low: Array, step: np.float32, parameter: int, offset: int) -> Any:
         """Return what the reference's updates take for a parameter whose step counter holds ``step``."""

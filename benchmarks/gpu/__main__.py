@@ -100,12 +100,12 @@ def missing(for_gpu: bool) -> list[str]:
         return found
     import torch
 
-    from lion.cuda_kernels import launch
+    from lion.cuda_kernels import launch, simulator
 
     if not torch.cuda.is_available():
         found.append("torch finds no GPU")
-    if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
-        found.append("a GPU does nothing where NUMBA_ENABLE_CUDASIM=1 is in the environment")
+    if simulator.asked_for():
+        found.append(f"a GPU does nothing where {simulator.VARIABLE}=1 is in the environment")
     try:
         launch.require()
     except (ImportError, RuntimeError) as error:

@@ -24,6 +24,8 @@ from lion import Lion, Lion8bit, PagedLion8bit
 from lion._cli import measure, overview
 from lion._cli.check import WAYS_OF_KEEPING
 from lion._cli.measure import Workload
+from lion.cuda_kernels import launch
+from lion.cuda_kernels.tuning import DEFAULT, Tuning
 
 Row = dict[str, Any]
 
@@ -82,19 +84,27 @@ class Contestant(NamedTuple):
         params: Its parameters.
         kind: Its kind of update.
         bits: A hash of what its steps gave; two runs with the same hash agree.
+        tuning: How the kernels are made.
     """
 
     optimizer: Lion
     params: list[nn.Parameter]
     kind: Kind
     bits: str = ""
+    tuning: Tuning = DEFAULT
+
+    def step(self) -> None:
+        """Take a step."""
+        launch.TUNING = self.tuning
+        self.optimizer.step()
 
 
-def _contestant(params: list[nn.Parameter], kind: Kind) -> Contestant:
-    optimizer = Lion(params, **ARGUMENTS, **kind.options)
+def _contestant(params: list[nn.Parameter], kind: Kind, tuning: Tuning = DEFAULT) -> Contestant:
+    contestant = Contestant(Lion(params, **ARGUMENTS, **kind.options), params, kind, tuning=tuning)
     for _ in range(2):
-        optimizer.step()
-    return Contestant(optimizer, params, kind, _hash([params[0], *optimizer.state[params[0]].values()]))
+        contestant.step()
+    state = contestant.optimizer.state[params[0]]
+    return contestant._replace(bits=_hash([params[0], *state.values()]))
 
 
 def _hash(tensors: list[Tensor]) -> str:
@@ -124,6 +134,19 @@ def kernels(device: torch.device) -> Iterator[Row]:
                 dtype,
                 device,
             )
+
+
+def variants(device: torch.device) -> Iterator[Row]:
+    """One tensor beyond any cache, by every variant of the kernels in turns."""
+    for dtype in DTYPES:
+        for kind in (LION, LION_8BIT):
+            params = measure.make_params(Workload("", [(1 << 28 if device.type == "cuda" else SMALL,)]), dtype, device)
+            values, contestants = params[0].detach().clone(), {}
+            for name, tuning in VARIANTS.items():
+                params[0].data.copy_(values)
+                contestants[f"{kind.name}, {name}"] = _contestant(params, kind, tuning)
+            yield from _timed(contestants, dtype, device)
+            del params, values, contestants
 
 
 def _with_gradient_off(offset: int, size: int, dtype: torch.dtype, device: torch.device) -> list[nn.Parameter]:
@@ -169,7 +192,7 @@ def _timed(contestants: dict[str, Contestant], dtype: torch.dtype, device: torch
     first = next(iter(contestants.values()))
     copy = measure.bound(first.params, first.kind.state_itemsize)
     copy()
-    timers = {name: measure.timer(contestant.optimizer.step, device) for name, contestant in contestants.items()}
+    timers = {name: measure.timer(contestant.step, device) for name, contestant in contestants.items()}
     timers["copy"] = measure.timer(copy, device)
     times = measure.in_turns(timers, 15 if device.type == "cuda" else 1)
     per_second = measure.traffic(first.params, first.kind.state_itemsize) / measure.summary(times["copy"]).median
@@ -197,6 +220,7 @@ def card(device: torch.device) -> dict[str, Any]:
 
 MEASUREMENTS: dict[str, Callable[[torch.device], Iterator[Row]]] = {
     "kernels": kernels,
+    "variants": variants,
     "paged": paged,
 }
 
@@ -206,10 +230,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.measurements", description=(__doc__ or "").strip())
     parser.add_argument("name", choices=["card", *MEASUREMENTS])
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda)")
-    parser.add_argument("--variant", choices=VARIANTS, default="as they are", help="of the kernels")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     options = parser.parse_args()
-    VARIANTS[options.variant]()
     device = torch.device(options.device)
     if options.name == "card":
         options.out.write_text(json.dumps(card(device), indent=1))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 from typing import NamedTuple
 
-from benchmarks.gpu.variants import VARIANTS
-
 
 class Part(NamedTuple):
     """Something to run in a process of its own.
@@ -34,8 +32,8 @@ def _tests(path: str, seconds: int, workers: int = 1) -> Part:
     return Part(path, seconds, command, None, modules=("pytest", "hypothesis"))
 
 
-def _measurement(name: str, title: str, seconds: int, *options: str) -> Part:
-    command = ["-m", "benchmarks.gpu.measurements", name, "--out", "{folder}/result.json", *options]
+def _measurement(name: str, title: str, seconds: int) -> Part:
+    command = ["-m", "benchmarks.gpu.measurements", name, "--out", "{folder}/result.json"]
     return Part(title, seconds, [*command, "--device", "cuda"], "result.json", [*command, "--device", "cpu"])
 
 
@@ -52,7 +50,8 @@ PARTS = (
     _tests("tests/paging/test_gpu.py", 60),
     _tests("tests/differential/test_cuda_gpu.py", 120, workers=8),
     _measurement("paged", "paged state", 45),
-    *(_measurement("kernels", f"kernels {name}", 90, "--variant", name) for name in VARIANTS),
+    _measurement("kernels", "kernels", 90),
+    _measurement("variants", "variants of the kernels", 60),
     Part("benchmark", 120, [*_ON_GPU, *_PEERS], "benchmark.json", [*_BENCHMARK, *_SMALL, "--only", "fused"]),
     # Apart from the others, for it compiles for long.
     Part("benchmark of torchao", 60, [*_ON_GPU, "--only", "torchao"], "benchmark.json", modules=("torchao",)),

@@ -1,14 +1,15 @@
-"""Variants of the CUDA kernels that are timed beside each other."""
+"""Variants of the CUDA kernels that are timed beside each other: other ways to the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from lion.cuda_kernels.tuning import DEFAULT, Tuning
 
-
-def _as_they_are() -> None:
-    pass
-
-
-# What makes each of them: called in a process of its own, before the first kernel is compiled. Kernels on disk go by
-# the sources alone, so one that is compiled in another way has to be compiled without that cache.
-VARIANTS: dict[str, Callable[[], None]] = {"as they are": _as_they_are}
+VARIANTS: dict[str, Tuning] = {
+    "as they are": DEFAULT,
+    "eight elements together": Tuning(halves=False),
+    # The fewest registers with which the compiler puts all loads before the arithmetic.
+    "all loads first": Tuning(max_registers=(("update_32bit", 56), ("update_8bit_blockwise", 80))),
+    # Five blocks of threads on a multiprocessor instead of four, at the price of some registers kept in memory.
+    "48 registers": Tuning(max_registers=(("update_8bit_blockwise", 48),)),
+    "next block ahead": Tuning(ahead=True),
+}

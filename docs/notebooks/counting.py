@@ -112,7 +112,7 @@ def _main() -> None:
 
     request = json.loads(sys.stdin.read())
     header = (
-        "import numpy as np\nfrom numba import cuda, float32, uint32\nfrom lion.cuda_kernels.device import *\n"
+        "import numpy as np\nfrom lion.cuda_kernels.device import *\n"
         "from lion.cuda_kernels.device import device\nINFINITY_BITS = np.uint32(0x7F800000)\n"
         "SMALLEST_NORMAL_BITS = np.uint32(0x00800000)\n"
     )

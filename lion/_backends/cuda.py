@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from lion import reference
-from lion._backends.batch import LOW, SIZE, Batch
+from lion._backends.batch import GRAD, LOW, SIZE, Batch
 from lion._backends.loss_scale import LossScale
 from lion._backends.protocol import DTYPES, StepCoefficients
 from lion._memory import paging
 from lion._options import Kind
-from lion.cuda_kernels import launch
+from lion.cuda_kernels import launch, simulator
 from lion.cuda_kernels.clipping import CHUNK
 from lion.cuda_kernels.quantization import lookup_table
-from lion.cuda_kernels.table import BLOCK_SIZE, table, work_list
+from lion.cuda_kernels.table import BLOCK_SIZE, alignment, table, work_list
 from lion.reference.rounding import NEAREST, STOCHASTIC
 
 Int64Array = npt.NDArray[np.int64]
@@ -40,9 +40,9 @@ class CudaBackend:
     """
 
     def __init__(self, simulated: bool) -> None:
-        if simulated != launch.simulated():
+        if simulated != simulator.enabled():
             raise RuntimeError(
-                "The backend 'cuda' serves CPU tensors where NUMBA_ENABLE_CUDASIM=1 is in the environment, "
+                f"The backend 'cuda' serves CPU tensors where {simulator.VARIABLE}=1 is in the environment, "
                 "and CUDA tensors where it is not"
             )
         self._captured: set[_Memory] = set()
@@ -54,7 +54,9 @@ class CudaBackend:
         memory = _memory_of(batch, summed=False)
         dtype, grad_dtype = DTYPES[batch.dtype], DTYPES[batch.grad_dtype]
         scaled_loss, weights = loss_scale.grad_scale is not None, _way_of_keeping(batch)
+        grad_alignment = alignment(batch.table[GRAD])
         kind: dict[str, Any] = {"scaled_loss": scaled_loss, "grad_dtype": grad_dtype, "weights": weights}
+        kind["grad_alignment"] = grad_alignment
         with _on(batch.device) as place:
             if _is_capturing(batch.device):
                 # A replayed graph reads this memory for as long as the process may live.
@@ -66,7 +68,7 @@ class CudaBackend:
             else:
                 memory.refresh(batch, step, loss_scale)
                 if batch.percentile < 100:
-                    launch.partial_norms(grad_dtype, *memory.norm_arguments, *place)
+                    launch.partial_norms(grad_dtype, *memory.norm_arguments, *place, grad_alignment)
             if batch.percentile < 100:
                 launch.percentile_clipping(*memory.clip_arguments, *place)
             if batch.kind is Kind.FLOAT32:
@@ -80,7 +82,7 @@ class CudaBackend:
         memory = _memory_of(batch, summed=True)
         with _on(batch.device) as place:
             memory.refresh(batch, step, loss_scale)
-            return memory.launch_squared_norms(DTYPES[batch.grad_dtype], place)
+            return memory.launch_squared_norms(DTYPES[batch.grad_dtype], place, alignment(batch.table[GRAD]))
 
     def quantize_blockwise(self, values: Tensor, codes: Tensor, absmax: Tensor, qmap: Tensor, block_size: int) -> None:
         thresholds = _upload(reference.quantize_thresholds(qmap.cpu().numpy()), values.device)
@@ -112,10 +114,10 @@ class CudaBackend:
             )
 
     def squared_norm(self, grad: Tensor) -> Tensor:
-        memory = _Memory(np.array([grad.numel()]), grad.device, True)
-        memory.write(_NO_COEFFICIENTS, grads=np.array([grad.data_ptr()]))
+        memory, grads = _Memory(np.array([grad.numel()]), grad.device, True), np.array([grad.data_ptr()])
+        memory.write(_NO_COEFFICIENTS, grads=grads)
         with _on(grad.device) as place:
-            return memory.launch_squared_norms(DTYPES[grad.dtype], place)[0]
+            return memory.launch_squared_norms(DTYPES[grad.dtype], place, alignment(grads))[0]
 
     def percentile_clipping(self, grad: Tensor, gnorm_vec: Tensor, step: int, percentile: int) -> Tensor:
         before = torch.full((1,), step - 1, dtype=torch.float32, device=grad.device)
@@ -123,7 +125,7 @@ class CudaBackend:
         grads, histories, steps = np.array([[t.data_ptr()] for t in (grad, gnorm_vec, before)])
         memory.write(_NO_COEFFICIENTS, grads=grads, gnorm_vecs=histories, steps=steps, percentile=percentile)
         with _on(grad.device) as place:
-            launch.partial_norms(DTYPES[grad.dtype], *memory.norm_arguments, *place)
+            launch.partial_norms(DTYPES[grad.dtype], *memory.norm_arguments, *place, alignment(grads))
             launch.percentile_clipping(*memory.clip_arguments, *place)
         return memory.scales[0]
 
@@ -232,9 +234,9 @@ class _Memory:
         if loss_scale.found_inf is not None:
             self._loss_scale[1].copy_(loss_scale.found_inf)
 
-    def launch_squared_norms(self, dtype: str, place: tuple[int, int]) -> Tensor:
+    def launch_squared_norms(self, dtype: str, place: tuple[int, int], grad_alignment: int) -> Tensor:
         """Launch the squared norms of the gradients; return where they are to be, until the clipping overwrites it."""
-        launch.partial_norms(dtype, *self.norm_arguments, *place)
+        launch.partial_norms(dtype, *self.norm_arguments, *place, grad_alignment)
         launch.squared_norm(self.norm_arguments[0], len(self.scales), *place)
         return self.scales
 

@@ -8,7 +8,6 @@ code 1. The last line says what was compared, and what was not.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from lion._cli import (
     print_table,
     progress_bars,
 )
+from lion.cuda_kernels import simulator
 from lion.optimizers import Lion
 from lion.reference.clipping import HISTORY
 from lion.reference.rounding import LOW_DTYPES, Weights
@@ -108,13 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry the command out and return its exit code."""
-    if options.simulator and os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
+    if options.simulator and not simulator.asked_for():
         # Numba reads the variable when it is imported, which has happened already.
         command = [sys.executable, "-m", "lion", "check", "--simulator", *["--json"] * options.json]
         # Ctrl-C reaches both processes: the other one says so and ends.
         before = signal.signal(signal.SIGINT, lambda *_: None)
         try:
-            return subprocess.run(command, env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}).returncode
+            return subprocess.run(command, env=simulator.environment()).returncode
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -239,17 +239,25 @@ class _Copy:
     """A parameter on the device, at an odd offset in a larger buffer, and its copy that the reference moves."""
 
     def __init__(
-        self, target: Target, values: Array, number: int, dtype: torch.dtype, master_bits: int | None, seed: int | None
+        self,
+        target: Target,
+        values: Array,
+        number: int,
+        dtype: torch.dtype,
+        grad_alignment: int,
+        master_bits: int | None,
+        seed: int | None,
     ) -> None:
         self.expected, self.number, self.seed = values, number, seed
         self.low = None if master_bits is None else np.zeros(values.size, LOW_DTYPES[master_bits])
-        offset = number % _PADDING
         self.buffers = [torch.ones(values.size + _PADDING, dtype=dtype, device=target.device) for _ in range(2)]
-        param, self.gradient = (buffer[offset : offset + values.size] for buffer in self.buffers)
+        self.offsets = number % _PADDING, grad_alignment // dtype.itemsize % _PADDING
+        param, self.gradient = (
+            buffer[offset : offset + values.size] for buffer, offset in zip(self.buffers, self.offsets, strict=True)
+        )
         param.copy_(_tensor(values, dtype))
         self.param = nn.Parameter(param)
         self.param.grad = self.gradient
-        self.outside = [*range(offset), *range(offset + values.size, values.size + _PADDING)]
         self.steps = 0
         self.history = np.zeros(HISTORY, np.float32)
         self.momentum: Array = np.zeros(values.size, np.float32)
@@ -300,8 +308,9 @@ class _Copy:
             yield _compare(f"{what}, gnorm_vec", state["gnorm_vec"], self.history)
         yield _compare(f"{what}, step", state["step"], np.float32(self.steps))
         yield _compare(f"{what}, gradient", self.gradient, grad)
-        for buffer in self.buffers:
-            yield _compare(f"{what}, memory around it", buffer[self.outside], _ones(len(self.outside), buffer.dtype))
+        for buffer, offset in zip(self.buffers, self.offsets, strict=True):
+            around = torch.cat([buffer[:offset], buffer[offset + grad.size :]])
+            yield _compare(f"{what}, memory around it", around, _ones(_PADDING, buffer.dtype))
 
 
 def _tensor(values: Array, dtype: torch.dtype) -> Tensor:
@@ -320,6 +329,7 @@ def _follow(
     members: Sequence[tuple[int, Gradients]],
     steps: int,
     loss_scale: float | None = None,
+    grad_alignment: int = 16,
     **options: Any,
 ) -> Iterator[int]:
     """Step parameters through the optimizer and through the reference, comparing after each step.
@@ -331,13 +341,16 @@ def _follow(
             initial values.
         steps: Number of steps.
         loss_scale: Factor of the loss that the steps undo, as with a GradScaler (default: none).
+        grad_alignment: Bytes that the gradients' addresses are multiples of: 16 (default) or, as in a bucket, fewer.
         options: Arguments of the optimizer.
     """
     hyper = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0, **options}
     k = reference.coefficients(hyper["lr"], hyper["betas"], hyper["weight_decay"])
     absmax_key = "" if options["optim_bits"] == 32 else "absmax1" if options.get("block_wise", True) else "max1"
     master_bits, seed = options.get("master_weight_bits"), options.get("rounding_seed")
-    copies = [_Copy(target, make(0, n), i, dtype, master_bits, seed) for i, (n, make) in enumerate(members)]
+    copies = [
+        _Copy(target, make(0, n), i, dtype, grad_alignment, master_bits, seed) for i, (n, make) in enumerate(members)
+    ]
     for (n, _), copy in zip(members, copies, strict=True):
         if absmax_key:
             copy.begin_8bit(1 if absmax_key == "max1" else -(-n // reference.BLOCK_SIZE))
@@ -369,6 +382,17 @@ def _update(**options: Any) -> Check:
         members = [(n, made_by(recipe)) for n in extent.sizes for recipe in _RECIPES]
         members.append((extent.large, made_by(_normal)))
         yield from _follow(target, dtype, members, extent.steps, **options)
+
+    return check
+
+
+def _in_buckets(**options: Any) -> Check:
+    """Return a check of the update with gradients that lie as views of a bucket do."""
+
+    def check(target: Target, dtype: torch.dtype) -> Iterator[int]:
+        for grad_alignment in (8, 4, 2):
+            if grad_alignment >= dtype.itemsize:
+                yield from _update(grad_alignment=grad_alignment, **options)(target, dtype)
 
     return check
 
@@ -462,6 +486,7 @@ CHECKS: dict[str, Check] = {
     "32-bit, weight decay": _update(optim_bits=32, weight_decay=0.1),
     "32-bit, percentile clipping": _clipped(optim_bits=32),
     "32-bit, scaled loss": _update(optim_bits=32, loss_scale=1536.0),
+    "32-bit, gradients in buckets": _in_buckets(optim_bits=32),
     **_kept("32-bit", optim_bits=32),
     "8-bit blockwise": _update(optim_bits=8),
     "8-bit blockwise, weight decay": _update(optim_bits=8, weight_decay=0.1),
@@ -469,11 +494,13 @@ CHECKS: dict[str, Check] = {
     "8-bit blockwise, scaled loss": _update(optim_bits=8, loss_scale=1536.0),
     "8-bit blockwise, scaled loss, clipping": _clipped(optim_bits=8, loss_scale=1536.0),
     "8-bit blockwise, paged": _paged,
+    "8-bit blockwise, gradients in buckets": _in_buckets(optim_bits=8),
     **_kept("8-bit blockwise", optim_bits=8),
     "8-bit tensor-wise": _update(optim_bits=8, block_wise=False),
     "8-bit tensor-wise, weight decay": _update(optim_bits=8, block_wise=False, weight_decay=0.1),
     "8-bit tensor-wise, percentile clipping": _clipped(optim_bits=8, block_wise=False),
     "8-bit tensor-wise, scaled loss": _update(optim_bits=8, block_wise=False, loss_scale=1536.0),
+    "8-bit tensor-wise, gradients in buckets": _in_buckets(optim_bits=8, block_wise=False),
     **_kept("8-bit tensor-wise", optim_bits=8, block_wise=False),
     "functional.quantize_blockwise": _quantize,
     "functional.dequantize_blockwise": _dequantize,

@@ -22,10 +22,10 @@ from lion import cpu_kernels
 from lion._backends import CpuBackend, ReferenceBackend, for_device
 from lion._cli import no_gpu, output, print_line, spelled
 from lion._memory import paging
-from lion.cuda_kernels import launch
+from lion.cuda_kernels import launch, simulator
 
 DISTRIBUTIONS = ("torch", "numba", "numba-cuda", "numpy")
-VARIABLES = ("LION_BACKEND", "NUMBA_ENABLE_CUDASIM", "NUMBA_CACHE_DIR", paging.DIRECTORY_VARIABLE)
+VARIABLES = ("LION_BACKEND", simulator.VARIABLE, "NUMBA_CACHE_DIR", paging.DIRECTORY_VARIABLE)
 
 
 def found() -> dict[str, Any]:
@@ -109,16 +109,14 @@ def _backend(device: str) -> dict[str, str | None]:
         is_moot = device == "cuda" and no_gpu() and "CUDA driver" in str(error)
         return {"name": None, "problem": None if is_moot else str(error)}
     names = {CpuBackend: "lion.cpu_kernels", ReferenceBackend: "lion.reference"}
-    simulator = " in Numba's simulator" * launch.simulated()
-    return {"name": names.get(type(backend), f"lion.cuda_kernels{simulator}"), "problem": None}
+    where = " in Numba's simulator" * simulator.enabled()
+    return {"name": names.get(type(backend), f"lion.cuda_kernels{where}"), "problem": None}
 
 
 def _compiled_cuda_kernels() -> dict[str, Any] | None:
-    if importlib.util.find_spec("numba_cuda") is None or launch.simulated():
+    if importlib.util.find_spec("numba_cuda") is None or simulator.enabled():
         return None
-    from numba import cuda
-
-    return _compiled(lambda: cuda.jit(cache=True)(launch.update_32bit)._cache.cache_path)
+    return _compiled(launch.folder_on_disk)
 
 
 def _compiled(place: Callable[[], str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lion import functional
 from lion.__main__ import main
 from lion._backends import selection
 from lion._cli import check
-from lion.cuda_kernels import launch
+from lion.cuda_kernels import launch, simulator
 
 SMALL = check.Extent((1, 257), 513, 2, (257,), 3, (64,))
 
@@ -156,7 +156,7 @@ def test_gpu_without_numba_cuda(
     assert error == "FAILED: gpu, 32-bit, float32: CUDA tensors need numba-cuda, which is not installed\n"
 
 
-@pytest.mark.skipif(launch.simulated(), reason="the simulator needs nothing of what is missing")
+@pytest.mark.skipif(simulator.enabled(), reason="the simulator needs nothing of what is missing")
 @pytest.mark.parametrize("error", [AttributeError("module 'numpy' has no attribute 'row_stack'"), ImportError("no")])
 def test_gpu_with_a_numpy_too_new_for_numba_cuda(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, gpu_only: None, error: Exception
@@ -177,7 +177,7 @@ def test_gpu_with_a_numpy_too_new_for_numba_cuda(
     assert f'cannot be imported with NumPy 2.5.5 ({error}): pip install "numpy<2.5"' in capsys.readouterr().err
 
 
-@pytest.mark.skipif(launch.simulated(), reason="the simulator needs nothing of what is missing")
+@pytest.mark.skipif(simulator.enabled(), reason="the simulator needs nothing of what is missing")
 def test_gpu_with_a_torch_of_another_cuda(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, gpu_only: None
 ) -> None:
@@ -203,10 +203,10 @@ def test_simulator_starts_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         returncode = 1
 
     def start(command: list[str], env: dict[str, str]) -> Finished:
-        started.append((command[1:], env["NUMBA_ENABLE_CUDASIM"]))
+        started.append((command[1:], env[simulator.VARIABLE]))
         return Finished()
 
-    monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
+    monkeypatch.delenv(simulator.VARIABLE, raising=False)
     monkeypatch.setattr(check.subprocess, "run", start)
     assert main(["check", "--simulator", "--json"]) == 1
     assert started == [(["-m", "lion", "check", "--simulator", "--json"], "1")]

@@ -15,7 +15,8 @@ import pytest
 import benchmarks.__main__ as benchmark
 import benchmarks.gpu.__main__ as command
 from benchmarks.gpu.parts import PARTS, Part
-from lion.cuda_kernels import launch
+from benchmarks.gpu.variants import VARIANTS
+from lion.cuda_kernels import launch, simulator
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="parts are ended as process groups")
 
@@ -52,14 +53,18 @@ def test_dry_run(tmp_path: Path) -> None:
     assert printed.index("wrote") < printed.index("Timings") < printed.rindex("Parts") < printed.rindex(PARTS[-1].name)
 
 
-@pytest.mark.skipif(not launch.simulated(), reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment")
+@pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 def test_dry_run_of_the_kernels_in_the_simulator(tmp_path: Path) -> None:
     report, _ = dry_run(tmp_path, "--only", "kernels", LION_BACKEND="cuda")
     on_cpu, _ = dry_run(tmp_path, "--only", "kernels", LION_BACKEND="cpu")
-    assert report["parts"]
-    for simulated, plain in zip(report["parts"], on_cpu["parts"], strict=True):
-        bits = [[(row["what"], row["bits"]) for row in part["result"]["rows"]] for part in (simulated, plain)]
-        assert bits[0] == bits[1] and len(bits[0]) == 24
+    rows = {part["name"]: part["result"]["rows"] for part in report["parts"]}
+    assert [len(rows[name]) for name in ("kernels", "variants of the kernels")] == [24, 4 * len(VARIANTS)]
+    for part in on_cpu["parts"]:
+        assert [(r["what"], r["bits"]) for r in rows[part["name"]]] == [
+            (r["what"], r["bits"]) for r in part["result"]["rows"]
+        ]
+    # Each variant gives the same bits.
+    assert len({row["bits"] for row in rows["variants of the kernels"]}) == 4
 
 
 def test_what_parts_run_is_there() -> None:

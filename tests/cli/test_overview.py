@@ -19,7 +19,7 @@ import lion
 from lion.__main__ import COMMANDS, main
 from lion._backends import selection
 from lion._cli import overview, spelled
-from lion.cuda_kernels import launch
+from lion.cuda_kernels import launch, simulator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,7 +72,7 @@ def test_numpy_too_new_for_numba_cuda() -> None:
     pytest.importorskip("numba_cuda")
     # NumPy 2.5 has no row_stack any more.
     program = "import numpy, runpy; vars(numpy).pop('row_stack', None); runpy.run_module('lion', run_name='__main__')"
-    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
+    environment = {key: value for key, value in os.environ.items() if key != simulator.VARIABLE}
     command = [sys.executable, "-c", program, "--json"]
     result = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     cuda = json.loads(result.stdout)["backends"]["cuda"]
@@ -90,7 +90,7 @@ def test_caches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     report = found(capsys)
     folder = Path(report["compiled_cpu_kernels"]["folder"])
     assert folder.parent == tmp_path and report["compiled_cpu_kernels"]["files"] == 0
-    assert launch.simulated() or Path(report["compiled_cuda_kernels"]["folder"]).parent == tmp_path
+    assert simulator.enabled() or Path(report["compiled_cuda_kernels"]["folder"]).parent == tmp_path
     assert report["paged_state"]["folder"] == str(tmp_path) and report["paged_state"]["free_bytes"] > 0
     (folder / "kernel.nbi").write_bytes(bytes(3))
     (folder / "kernel.1.nbc").write_bytes(bytes(5))

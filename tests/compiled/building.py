@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from lion.cuda_kernels import launch
+from lion.cuda_kernels.table import WIDEST
+from lion.cuda_kernels.tuning import DEFAULT, Tuning
 from lion.reference.rounding import MASTER_24, MASTER_32, NEAREST, STOCHASTIC
 
 Capability = tuple[int, int]
@@ -31,10 +33,14 @@ class Kernel(NamedTuple):
     scaled_loss: bool = False
     grad_dtype: str | None = None
     weights: int = NEAREST
+    grad_alignment: int = WIDEST
+    tuning: Tuning = DEFAULT
 
     def __str__(self) -> str:
         parts = [self.name, self.dtype, "scaled" * self.scaled_loss, self.grad_dtype]
-        return "-".join(filter(None, parts)) + f"-weights{self.weights}" * bool(self.weights)
+        parts += [f"weights{self.weights}" * bool(self.weights)]
+        parts += [f"aligned{self.grad_alignment}" * (self.grad_alignment < WIDEST)]
+        return "-".join(filter(None, parts))
 
 
 KERNELS = [
@@ -51,6 +57,11 @@ KERNELS = [
         for weights in WEIGHTS
     ),
     *(Kernel(name, dtype, False, "float32") for name in launch.UPDATES for dtype in ("float16", "bfloat16")),
+    *(
+        Kernel(name, dtype, grad_alignment=alignment)
+        for name in launch.READING_GRADIENTS
+        for dtype, alignment in (("float32", 4), ("bfloat16", 2))
+    ),
     *(
         Kernel(name, dtype)
         for name in ("partial_norms", "quantize_blockwise", "dequantize_blockwise")
@@ -144,13 +155,16 @@ def assemble(text: str, capability: Capability) -> Binary:
     return _binary(*_link([(nvjitlink.InputType.PTX, text.encode() + b"\0")], [arch, "-Xptxas=-v"]))
 
 
-def link_time_optimized(kernel: Callable[..., None], capability: Capability) -> Binary:
+def link_time_optimized(
+    kernel: Callable[..., None], capability: Capability, max_registers: int | None = None
+) -> Binary:
     """Return the machine code by the route that ``@cuda.jit`` takes when nvJitLink is there."""
     from cuda.bindings import nvjitlink
 
     arch = f"-arch=sm_{capability[0]}{capability[1]}"
     inputs = [(nvjitlink.InputType.LTOIR, bytes(code)) for code in _compile(kernel, capability, "ltoir")]
-    return _binary(*_link(inputs, ["-lto", arch, "-Xptxas=-v"]))
+    limit = [] if max_registers is None else [f"-maxrregcount={max_registers}"]
+    return _binary(*_link(inputs, ["-lto", arch, "-Xptxas=-v", *limit]))
 
 
 def nvdisasm() -> str | None:
@@ -200,12 +214,12 @@ def disassemble(cubin: bytes) -> list[Instruction]:
 
 
 def main_loop(instructions: list[Instruction]) -> list[Instruction]:
-    """Return the instructions of the innermost loop that loads 128 bits from global memory and computes float32."""
+    """Return the instructions of the innermost loop that moves 128 bits and computes float32."""
     loops = []
     for instruction in instructions:
         if instruction.target is not None and instruction.target < instruction.offset:
             body = [i for i in instructions if instruction.target <= i.offset <= instruction.offset]
             names = [i.name for i in body]
-            if any(n.startswith("LDG") and ".128" in n for n in names) and "FMUL" in names:
+            if any(n.startswith(("LDG", "STG")) and ".128" in n for n in names) and "FMUL" in names:
                 loops.append(body)
     return min(loops, key=len)

@@ -24,12 +24,24 @@ from tests.differential.every_weight import (
 ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importable")
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numba import cuda, float32, uint32  # noqa: E402
-
-from lion.cuda_kernels.device import BFLOAT16, FLOAT32, load_8, load_f32, load_u32, mul, store_8  # noqa: E402
+from lion.cuda_kernels.device import (  # noqa: E402
+    BFLOAT16,
+    FLOAT32,
+    TOGETHER,
+    cuda,
+    float32,
+    load_8,
+    load_f32,
+    load_u32,
+    mul,
+    store_8,
+    to_floats,
+    uint32,
+)
 from lion.cuda_kernels.rounding import (  # noqa: E402
+    join_8_weights,
+    load_8_weights,
     low_itemsize,
-    read_8_weights,
     read_weight,
     write_8_weights,
     write_weight,
@@ -48,17 +60,18 @@ def make_write(weights: int, wide: bool) -> Callable[..., None]:
     low_size = low_itemsize(weights)
 
     def write_all(values: int, one: int, random: int, params: int, lows: int, size: int) -> None:
-        p = cuda.local.array(8, float32)
+        p, bits = cuda.local.array(8, float32), cuda.local.array(8, uint32)
         factor = load_f32(one)
         i = cuda.grid(1) * 8
         while i < size:
-            load_8(FLOAT32, values + i * 4, p)
+            load_8(FLOAT32, TOGETHER, 16, values + i * 4, bits)
+            to_floats(FLOAT32, bits, p)
             for j in range(8):
                 p[j] = mul(p[j], factor)
             words = random + i * 2
             a, b, c, d = load_u32(words), load_u32(words + 4), load_u32(words + 8), load_u32(words + 12)
             if wide:
-                write_8_weights(weights, BFLOAT16, params + i * 2, lows + i * low_size, p, (a, b, c, d))
+                write_8_weights(weights, BFLOAT16, TOGETHER, params + i * 2, lows + i * low_size, p, (a, b, c, d))
             else:
                 for j in range(8):
                     u = uint32((a, b, c, d)[j // 2] >> uint32(16 * (j % 2)) & uint32(0xFFFF))
@@ -73,15 +86,16 @@ def make_read(weights: int, wide: bool) -> Callable[..., None]:
     low_size = low_itemsize(weights)
 
     def read_all(params: int, lows: int, values: int, size: int) -> None:
-        p = cuda.local.array(8, float32)
+        p, bits, low_bits = cuda.local.array(8, float32), cuda.local.array(8, uint32), cuda.local.array(4, uint32)
         i = cuda.grid(1) * 8
         while i < size:
             if wide:
-                read_8_weights(weights, BFLOAT16, params + i * 2, lows + i * low_size, p)
+                load_8_weights(weights, BFLOAT16, TOGETHER, params + i * 2, lows + i * low_size, bits, low_bits)
+                join_8_weights(weights, BFLOAT16, bits, low_bits, p)
             else:
                 for j in range(8):
                     p[j] = read_weight(weights, BFLOAT16, params + (i + j) * 2, lows + (i + j) * low_size)
-            store_8(FLOAT32, values + i * 4, p)
+            store_8(FLOAT32, TOGETHER, values + i * 4, p)
             i += cuda.gridsize(1) * 8
 
     return read_all

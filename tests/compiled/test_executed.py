@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lion.cuda_kernels import launch
+from lion.cuda_kernels.tuning import Tuning
 from tests import strategies
 from tests.compiled import building
 from tests.differential import conversions
@@ -93,6 +94,20 @@ def test_update_of_16_bit_weights(
     check()
 
 
+@pytest.mark.parametrize(("kinds", "alignment"), cases.BUCKETS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_a_bucket(kind: str, kinds: cases.Kinds, alignment: int) -> None:
+    cases.check_gradients_in_a_bucket(MEMORY, kind, kinds, alignment)
+
+
+@pytest.mark.parametrize("tuning", cases.TUNINGS, ids=str)
+@pytest.mark.parametrize("kinds", cases.TUNED, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tuning(kind: str, kinds: cases.Kinds, tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "TUNING", tuning)
+    cases.check_tuning(MEMORY, kind, kinds, 130 * 256 + 40)
+
+
 @pytest.mark.parametrize("maximum", cases.MAXIMA)
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_codes_at_thresholds(kind: str, maximum: np.float32) -> None:
@@ -133,7 +148,8 @@ def test_squared_norm(dtype: str, data: st.DataObject) -> None:
     ptxrun.unregister()
     # Over 32 and 256 chunks, the parts of the total take part.
     grads = data.draw(cases.gradients(dtype, 9000, largest=(0, 0, 33 * 4096 + 1, 300 * 4096)))
-    cases.check_squared_norm(MEMORY, dtype, grads, data.draw(strategies.unscalings()))
+    unscaling, alignment = data.draw(strategies.unscalings()), data.draw(cases.alignments(dtype))
+    cases.check_squared_norm(MEMORY, dtype, grads, unscaling, alignment)
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)

@@ -17,7 +17,7 @@ from lion._backends import Batch, LossScale, StepCoefficients, selection
 from lion._backends import cuda as cuda_backend
 from lion._backends.cuda import CudaBackend
 from lion._state import layout
-from lion.cuda_kernels import launch
+from lion.cuda_kernels import launch, simulator
 from tests import strategies
 from tests.comparing import to_numpy
 from tests.differential import training, weights_training
@@ -64,7 +64,7 @@ class ExecutedBackend(CudaBackend):
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> ExecutedBackend:
     monkeypatch.setattr(layout, "MIN_PAGED_SIZE", 256)  # so that small state is paged too
-    monkeypatch.setattr(launch, "simulated", lambda: True)
+    monkeypatch.setattr(simulator, "enabled", lambda: True)
     monkeypatch.setattr(launch, "require", lambda: None)
     monkeypatch.setattr(launch, "resident_blocks", lambda device: executing.BLOCKS)
     executed = ExecutedBackend()

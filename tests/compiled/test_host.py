@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from lion import reference
 from lion.cuda_kernels import launch
-from lion.cuda_kernels.table import work_list
+from lion.cuda_kernels.table import alignment, work_list
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
@@ -32,6 +33,14 @@ def test_work_list_covers_every_unit_once(sizes: list[int], unit: int, resident:
         assert mine[0, 1] == 0 and mine[-1, 2] == -(-size // unit)
         assert np.array_equal(mine[1:, 1], mine[:-1, 2])
         assert size == 0 or (mine[:, 2] > mine[:, 1]).all()
+
+
+@given(st.lists(st.integers(0, 2**62), max_size=5), st.sampled_from([1, 2, 4, 8, 16]))
+def test_alignment_is_what_divides_all_addresses(numbers: list[int], least: int) -> None:
+    addresses = np.array([number // 16 * least for number in numbers], np.int64)
+    found = alignment(addresses)
+    assert not (addresses % found).any()
+    assert found == 16 or (addresses % (2 * found)).any()
 
 
 @pytest.mark.exhaustive
@@ -69,6 +78,37 @@ def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r'numba-cuda.*pip install "numba-lion\[cu13\]"'):
         launch.require.__wrapped__()
+
+
+ROOT = Path(__file__).resolve().parents[2]
+# Those of the kernels, and what stands in for launch.py where there is no driver.
+KNOWING = {"cuda_kernels/device.py", "cuda_kernels/launch.py", "tests/compiled/building.py"}
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def test_numba_cuda_is_known_in_few_places() -> None:
+    """So that its successor, or another simulator, takes little to change."""
+    knowing, simulating = set(), set()
+    for folder in ("cuda_kernels", "cpu_kernels", "reference", "lion", "tests", "benchmarks", "examples", "docs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            names, place = imported(path), path.relative_to(ROOT).as_posix()
+            if any(f"{name}.".startswith(("numba.cuda.", "numba_cuda.")) for name in names):
+                knowing.add(place)
+            if any("simulator" in name and "numba" in name for name in names) or "ENABLE_CUDASIM" in {
+                node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
+            }:
+                simulating.add(place)
+    assert {place for place in knowing if not place.startswith("lion/cuda_kernels")} == KNOWING
+    assert {place for place in simulating if not place.startswith("lion/cuda_kernels")} == {"cuda_kernels/simulator.py"}
 
 
 def test_importing_is_cheap() -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from lion import reference
 from lion.cuda_kernels import launch
 from lion.cuda_kernels.quantization import lookup_table
-from lion.cuda_kernels.table import DONE, ROW_BYTES, ROWS, table, work_list
+from lion.cuda_kernels.table import DONE, ROW_BYTES, ROWS, WIDEST, table, work_list
+from lion.cuda_kernels.tuning import Tuning
 from lion.reference.rounding import STOCHASTIC
 from tests import strategies
 from tests.comparing import assert_same_bits
@@ -63,11 +64,24 @@ def kinds(draw: st.DrawFn, dtype: str) -> Kinds:
     return Kinds(dtype, draw(strategies.grad_dtypes(dtype)), draw(strategies.weights(dtype)))
 
 
+def way_of(weights: strategies.Weights) -> int:
+    """Return how parameters are kept, as kernels are told."""
+    return weights.bits or (weights.seed is not None) * STOCHASTIC
+
+
+def alignments(dtype: str) -> st.SearchStrategy[int]:
+    """What kernels may be told that the addresses of gradients of a dtype are multiples of."""
+    return st.sampled_from((WIDEST, strategies.FLOAT_DTYPES[dtype].itemsize))
+
+
 @st.composite
 def tensors(
     draw: st.DrawFn, kinds: Kinds, *, tensorwise: bool = False, max_size: int = 5000, max_tensors: int = 3
 ) -> list[dict[str, tuple[Array, int]]]:
-    """Tensors as dicts from names to (array, offset in bytes); half of them so aligned that wide accesses are used."""
+    """Tensors as dicts from names to (array, offset in bytes).
+
+    A third of them are so aligned that wide accesses are used, another but for the gradient, as in a bucket of several.
+    """
     drawn = []
     for _ in range(draw(st.integers(1, max_tensors))):
         size = draw(strategies.sizes(max_size))
@@ -85,10 +99,10 @@ def tensors(
             "parameter": ("int64", strategies.parameter_numbers().map(lambda number: np.array([number]))),
             "first_element": ("int64", strategies.first_elements().map(lambda first: np.array([first]))),
         }
-        aligned = draw(st.booleans())
+        anywhere: Any = draw(st.sampled_from([(), ("grad",), tuple(parts)]))
         tensor = {}
         for name, (kind, values) in parts.items():
-            tensor[name] = (draw(values), 0 if aligned else draw(strategies.offsets(kind)))
+            tensor[name] = (draw(values), draw(strategies.offsets(kind)) if name in anywhere else 0)
         drawn.append(tensor)
     return drawn
 
@@ -136,11 +150,13 @@ def check_update(
     scaled: bool,
     missing: int = 0,
     unscaling: strategies.Unscaling = strategies.NO_UNSCALING,
+    grad_alignment: int = WIDEST,
 ) -> None:
     """Launch one of the updates and compare all of its tensors.
 
-    The first ``missing`` elements of each, a multiple of 256, are not there, and no work item touches them: so the
-    rest of a tensor too large for memory is reached through the addresses the whole would have.
+    The gradients may lie anywhere, whatever ``grad_alignment`` says. The first ``missing`` elements of each, a multiple
+    of 256, are not there, and no work item touches them: so the rest of a tensor too large for memory is reached
+    through the addresses the whole would have.
     """
     (dtype, grad_dtype, weights), k = kinds, reference.coefficients(*hyper)
     before = [{name: array for name, (array, _) in tensor.items()} for tensor in drawn]
@@ -173,7 +189,7 @@ def check_update(
         addresses["inv_scale"] = inv_scale.address
     if unscaling.found_inf is not None:
         addresses["found_inf"] = found_inf.address
-    how = weights.bits or (weights.seed is not None) * STOCHASTIC
+    how = way_of(weights)
     words = table(
         np.array(k, np.float32),
         sizes + missing,
@@ -189,7 +205,8 @@ def check_update(
     place = memory.put(words)
     words[ROWS // 8 :].reshape(-1, ROW_BYTES // 8)[:, DONE // 8] = 0
     counts = (len(items), len(sizes)) if kind == "update_8bit_tensorwise" else (len(items),)
-    getattr(launch, kind)(dtype, place.address, *counts, 0, 0, unscaling.grad_scale is not None, grad_dtype, how)
+    scaled_loss = unscaling.grad_scale is not None
+    getattr(launch, kind)(dtype, place.address, *counts, 0, 0, scaled_loss, grad_dtype, how, grad_alignment)
     for tensor, old in zip(buffers, before, strict=True):
         scale = old["scale"][0] if scaled else np.float32(1)
         new = {}
@@ -229,15 +246,58 @@ def check_codes_at_thresholds(memory: Memory, kind: str, maximum: np.float32) ->
     check_update(memory, kind, FLOAT32, [tensor], (1e-4, (0.0, 0.0), 0.0), False)
 
 
+def make_tensor(
+    kind: str, kinds: Kinds, size: int, seed: int = 0, offset_bytes: int = 0
+) -> dict[str, tuple[Array, int]]:
+    """Return a tensor of ordinary values in the middle of a training; only its gradient may lie off."""
+    blocks = 1 if kind == "update_8bit_tensorwise" else -(-size // 256)
+    return _tensor(
+        strategies.make_floats("gradients", kinds.dtype, size, seed),
+        strategies.make_floats("mixed", kinds.grad_dtype, size, 10 + seed),
+        offset_bytes,
+        momentum=strategies.make_floats("gradients", "float32", size, 20 + seed),
+        codes=strategies.make_codes(size, 30 + seed),
+        absmax=np.full(blocks, 0.01, np.float32),
+        low=kinds.weights.make_lows(size, 40 + seed),
+        scale=np.full(1, 0.3, np.float32),
+    )
+
+
+def check_gradients_in_a_bucket(memory: Memory, kind: str, kinds: Kinds, grad_alignment: int) -> None:
+    """Gradients off by multiples of ``grad_alignment``, all else aligned; clipped, and of a scaled loss."""
+    offsets = grad_alignment, 0, 64 - grad_alignment
+    drawn = [make_tensor(kind, kinds, 2 * 256 + 40, seed, offset) for seed, offset in enumerate(offsets)]
+    unscaling, hyper = strategies.Unscaling(np.float32(1024), None), (1e-3, (0.9, 0.99), 0.1)
+    check_update(memory, kind, kinds, drawn, hyper, True, unscaling=unscaling, grad_alignment=grad_alignment)
+
+
+# How kernels can be made that programs do not get unless a measurement says so, and kinds that differ in them.
+TUNINGS = [Tuning(halves=False), Tuning(ahead=True)]
+TUNED = [FLOAT32, Kinds("bfloat16", "float32"), *(Kinds("bfloat16", "bfloat16", weights) for weights in WEIGHTS)]
+
+
+def check_tuning(memory: Memory, kind: str, kinds: Kinds, size: int) -> None:
+    """A tensor of which a warp takes several blocks, and a rest."""
+    check_update(memory, kind, kinds, [make_tensor(kind, kinds, size)], (1e-3, (0.9, 0.99), 0.1), True)
+
+
 # Greatest magnitudes of a block: ordinary, extreme, and with a reciprocal that is denormal.
 MAXIMA = [np.float32(x) for x in (1.0, 0.7, 2.0**-126, 1.2e-38, 3.4e-5, 2.0**22, 2.0**126, 3.4028235e38)]
 
 
+# What gradients lie off by multiples of, and kinds of parameters: each size of a load, each way of keeping weights.
+BUCKETS = [
+    *((Kinds("float32", "float32"), alignment) for alignment in (8, 4)),
+    *((Kinds("bfloat16", "bfloat16"), alignment) for alignment in (8, 4, 2)),
+    *((Kinds("float16", "float16"), 4), (Kinds("bfloat16", "float32"), 4)),
+    *((Kinds("bfloat16", "bfloat16", weights), 4) for weights in WEIGHTS),
+    *((Kinds("bfloat16", "float32", weights), 8) for weights in WEIGHTS),
+]
+
+
 def check_beyond_32_bits(memory: Memory, kind: str, dtype: str, weights: strategies.Weights) -> None:
     """The last 300 elements of a tensor of more than 2**33, reached by 128-bit accesses and element by element."""
-    low = np.zeros(0, np.int8)
-    if weights.bits is not None:
-        low = np.random.default_rng(5).integers(-128, 128, 300).astype(weights.low_dtype)
+    low = weights.make_lows(300, 5)
     blocks = 1 if kind == "update_8bit_tensorwise" else 2
     tensor = {
         "param": (strategies.make_floats("gradients", dtype, 300, 1), 0),
@@ -263,9 +323,10 @@ def check_squared_norm(
     dtype: str,
     grads: list[tuple[Array, int]],
     unscaling: strategies.Unscaling = strategies.NO_UNSCALING,
+    grad_alignment: int = WIDEST,
 ) -> None:
-    """Launch the squared norms and compare them."""
-    _check_norms(memory, dtype, grads, "squared_norm", None, 0, 100, unscaling)
+    """Launch the squared norms and compare them; the gradients may lie anywhere."""
+    _check_norms(memory, dtype, grads, "squared_norm", None, 0, 100, unscaling, grad_alignment)
 
 
 def check_percentile_clipping(
@@ -290,6 +351,7 @@ def _check_norms(
     step: int,
     percentile: int,
     unscaling: strategies.Unscaling,
+    grad_alignment: int = WIDEST,
 ) -> None:
     n = len(grads)
     sizes = np.array([array.size for array, _ in grads], np.int64)
@@ -320,7 +382,7 @@ def _check_norms(
         found_inf=0 if unscaling.found_inf is None else found_inf.address,
     )
     place = memory.put(words)
-    launch.partial_norms(dtype, place.address, len(items), 0, 0)
+    launch.partial_norms(dtype, place.address, len(items), 0, 0, grad_alignment)
     getattr(launch, kind)(place.address, n, 0, 0)
     for i, (grad, _) in enumerate(grads):
         squared = reference.squared_norm(grad, unscaling.inv_scale())

@@ -61,6 +61,12 @@ def test_update(kind: str, dtype: str, data: st.DataObject, hyper: object, scale
     cases.check_update(MEMORY, kind, kinds, drawn, hyper, scaled, unscaling=data.draw(strategies.unscalings()))
 
 
+@pytest.mark.parametrize(("kinds", "alignment"), cases.BUCKETS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_a_bucket(kind: str, kinds: cases.Kinds, alignment: int) -> None:
+    cases.check_gradients_in_a_bucket(MEMORY, kind, kinds, alignment)
+
+
 @pytest.mark.parametrize("kinds", LARGE, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_large_update(kind: str, kinds: cases.Kinds) -> None:
@@ -128,7 +134,8 @@ def test_16_bit_weights_beyond_32_bits(kind: str, weights: strategies.Weights) -
 @given(data=st.data())
 def test_squared_norm(dtype: str, data: st.DataObject) -> None:
     grads = data.draw(cases.gradients(dtype, 9000, largest=(0, 0, 33 * 4096 + 1, 300 * 4096, 5_000_003)))
-    cases.check_squared_norm(MEMORY, dtype, grads, data.draw(strategies.unscalings()))
+    unscaling, alignment = data.draw(strategies.unscalings()), data.draw(cases.alignments(dtype))
+    cases.check_squared_norm(MEMORY, dtype, grads, unscaling, alignment)
 
 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lion.cuda_kernels import launch, simulator
+from lion.cuda_kernels.tuning import DEFAULT, Tuning
 from tests import strategies
 from tests.comparing import guarded
 from tests.differential import cuda_cases as cases
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("NUMBA_ENABLE_CUDASIM") != "1", reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment"
-)
+pytestmark = pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 
 few = settings(max_examples=5)
 KINDS = ["update_32bit", "update_8bit_blockwise", "update_8bit_tensorwise"]
@@ -47,7 +45,44 @@ MEMORY = HostMemory()
 def test_update(kind: str, data: st.DataObject, dtype: str, hyper: object, scaled: bool) -> None:
     kinds = data.draw(cases.kinds(dtype))
     drawn = data.draw(cases.tensors(kinds, tensorwise=kind.endswith("tensorwise"), max_size=600, max_tensors=2))
-    cases.check_update(MEMORY, kind, kinds, drawn, hyper, scaled, unscaling=data.draw(strategies.unscalings()))
+    alignment = data.draw(cases.alignments(kinds.grad_dtype))
+    unscaling = data.draw(strategies.unscalings())
+    cases.check_update(MEMORY, kind, kinds, drawn, hyper, scaled, unscaling=unscaling, grad_alignment=alignment)
+
+
+@pytest.mark.parametrize(("kinds", "alignment"), cases.BUCKETS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_a_bucket(kind: str, kinds: cases.Kinds, alignment: int) -> None:
+    cases.check_gradients_in_a_bucket(MEMORY, kind, kinds, alignment)
+
+
+@pytest.mark.parametrize("tuning", cases.TUNINGS, ids=str)
+@pytest.mark.parametrize("kinds", cases.TUNED, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tuning(kind: str, kinds: cases.Kinds, tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "TUNING", tuning)
+    cases.check_tuning(MEMORY, kind, kinds, 3 * 256 + 40)
+
+
+# Sectors of 32 bytes that the L2 cache is asked for, for a block of 256 elements: as few as their bytes fill.
+@pytest.mark.parametrize(
+    ("kind", "kinds", "expected"),
+    [
+        ("update_32bit", cases.FLOAT32, 160),
+        ("update_32bit", cases.Kinds("bfloat16", "bfloat16"), 112),
+        ("update_32bit", cases.Kinds("bfloat16", "bfloat16", strategies.Weights(24)), 128),
+        ("update_32bit", cases.Kinds("bfloat16", "bfloat16", strategies.Weights(32)), 144),
+        ("update_32bit", cases.Kinds("bfloat16", "bfloat16", strategies.Weights(seed=1)), 112),
+        ("update_8bit_blockwise", cases.FLOAT32, 114),
+        ("update_8bit_blockwise", cases.Kinds("bfloat16", "bfloat16"), 66),
+    ],
+    ids=str,
+)
+def test_accesses_are_of_whole_sectors(kind: str, kinds: cases.Kinds, expected: int) -> None:
+    from tests.differential import sectors
+
+    assert sectors.count(kind, kinds, DEFAULT).to_l2 == expected
+    assert sectors.count(kind, kinds, Tuning(halves=False)).to_l2 >= expected
 
 
 @pytest.mark.parametrize("weights", cases.WEIGHTS, ids=str)
@@ -63,8 +98,9 @@ def test_update_of_16_bit_weights(kind: str, weights: strategies.Weights, data: 
 @pytest.mark.parametrize("dtype", strategies.FLOAT_DTYPES)
 def test_squared_norm(dtype: str) -> None:
     sizes = [0, 1, 4096, 4097]
-    grads = [(strategies.make_floats("gradients", dtype, size, size), 0) for size in sizes]
-    cases.check_squared_norm(MEMORY, dtype, grads)
+    for alignment in (16, 8, strategies.FLOAT_DTYPES[dtype].itemsize):
+        grads = [(strategies.make_floats("gradients", dtype, size, size), alignment) for size in sizes]
+        cases.check_squared_norm(MEMORY, dtype, grads, grad_alignment=alignment)
 
 
 @few

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lion._state import layout
+from lion.cuda_kernels import simulator
 from tests.differential import training
 
-simulator = pytest.mark.skipif(
-    os.environ.get("NUMBA_ENABLE_CUDASIM") != "1", reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment"
-)
+simulated = pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 every_class = pytest.mark.parametrize("cls", training.CLASSES)
 
 
@@ -38,7 +35,7 @@ def test_cpu_with_many_recipes(cls: str, data: st.DataObject) -> None:
     training.check_lockstep(data.draw(training.recipes(cls)), "cpu", training.STEPS)
 
 
-@simulator
+@simulated
 @every_class
 @settings(max_examples=2)
 @given(data=st.data())
@@ -49,7 +46,7 @@ def test_simulator(cls: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.exhaustive
-@simulator
+@simulated
 @every_class
 @settings(max_examples=2)
 @given(data=st.data())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 
 import pytest
 
+from lion.cuda_kernels import simulator
 from tests import strategies
 from tests.differential import weights_training as training
 
-simulator = pytest.mark.skipif(
-    os.environ.get("NUMBA_ENABLE_CUDASIM") != "1", reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment"
-)
+simulated = pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 every_update = pytest.mark.parametrize("update", training.STATES)
 all_weights = pytest.mark.parametrize("weights", training.WEIGHTS, ids=str)
 
@@ -30,7 +28,7 @@ def by_simulator(step: training.Step, tensors: training.Tensors) -> None:
     training.by_cuda_kernels(step, tensors, launch, lambda *arrays: contextlib.nullcontext())
 
 
-@simulator
+@simulated
 @every_update
 @all_weights
 def test_simulator(update: str, weights: strategies.Weights) -> None:
@@ -38,7 +36,7 @@ def test_simulator(update: str, weights: strategies.Weights) -> None:
 
 
 @pytest.mark.exhaustive
-@simulator
+@simulated
 @every_update
 @all_weights
 def test_simulator_all_steps(update: str, weights: strategies.Weights) -> None:

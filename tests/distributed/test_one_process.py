@@ -17,7 +17,7 @@ import lion
 from lion._backends import use_backend
 from lion._memory import paging, sharding
 from lion._state import placed
-from lion.cuda_kernels import launch
+from lion.cuda_kernels import simulator
 from tests.comparing import assert_same_bits
 
 CLASSES = [lion.Lion, lion.Lion8bit, lion.PagedLion, lion.PagedLion8bit]
@@ -79,7 +79,7 @@ def test_equals_plain_tensors(mesh: DeviceMesh, cls: Any, options: dict[str, Any
     check(mesh, cls, options, backend)
 
 
-@pytest.mark.skipif(not launch.simulated(), reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment")
+@pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equals_plain_tensors_in_the_simulator(mesh: DeviceMesh, options: dict[str, Any]) -> None:
     check(mesh, lion.Lion8bit, options, "cuda")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import lion
 from tests.comparing import assert_same_bits
+from tests.optimizers.support import move_to_bucket
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -71,6 +72,26 @@ def test_gpu_equals_cpu(options: dict[str, Any]) -> None:
     for i, (actual, expected) in enumerate(
         zip(trained(GPU, steps, **options), trained(torch.device("cpu"), steps, **options), strict=True)
     ):
+        assert_same_bits(actual.cpu(), expected, what=f"tensor {i}")
+
+
+@pytest.mark.parametrize("alignment", [8, 4])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients_in_a_bucket(options: dict[str, Any], alignment: int) -> None:
+    """Views of one buffer, as those of DistributedDataParallel: off by 8 or 4 bytes."""
+
+    def moved(device: torch.device) -> list[Tensor]:
+        params = parameters(device)
+        optimizer = lion.Lion(params, lr=1e-2, weight_decay=0.1, **options)
+        for step in range(4):
+            for p, g in zip(params, gradients(params, step), strict=True):
+                p.grad = g
+            for dtype in DTYPES:
+                move_to_bucket([p for p in params if p.dtype == dtype], alignment)
+            optimizer.step()
+        return [p.detach() for p in params] + [v for p in params for v in optimizer.state[p].values()]
+
+    for i, (actual, expected) in enumerate(zip(moved(GPU), moved(torch.device("cpu")), strict=True)):
         assert_same_bits(actual.cpu(), expected, what=f"tensor {i}")
 
 

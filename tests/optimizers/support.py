@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +67,20 @@ def set_gradients(params: Iterable[Tensor], seed: int, scale: float = 1e-2) -> N
     generator = torch.Generator().manual_seed(1000 + seed)
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).mul(scale).to(p.dtype)
+
+
+def move_to_bucket(params: Sequence[Tensor], alignment: int) -> None:
+    """Make the gradients, all of one dtype, views of one buffer, at odd multiples of so many bytes."""
+    itemsize = params[0].grad.element_size()
+    step = alignment // itemsize
+    places, end = [], step
+    for p in params:
+        places.append(end)
+        end += p.numel() + (-p.numel()) % (2 * step)
+    bucket = torch.zeros(end, dtype=params[0].grad.dtype, device=params[0].device)
+    assert bucket.data_ptr() % 16 == 0
+    for p, place in zip(params, places, strict=True):
+        p.grad = bucket[place : place + p.numel()].copy_(p.grad.reshape(-1)).view(p.shape)
 
 
 class ByHand:

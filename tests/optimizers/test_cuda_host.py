@@ -13,17 +13,14 @@ from torch import nn
 import lion
 from lion._backends import CpuBackend
 from tests.comparing import assert_same_bits
-from tests.optimizers.support import KINDS, every_kind, parameter, set_gradients
+from tests.optimizers.support import KINDS, every_kind, move_to_bucket, parameter, set_gradients
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
-from numba import config  # noqa: E402
-from numba import cuda as numba_cuda  # noqa: E402
-
 from lion._backends import cuda  # noqa: E402
-from lion.cuda_kernels import launch  # noqa: E402
+from lion.cuda_kernels import device, launch, simulator  # noqa: E402
 
-simulated = pytest.mark.skipif(not config.ENABLE_CUDASIM, reason="needs NUMBA_ENABLE_CUDASIM=1 in the environment")
+simulated = pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 
 
 def test_threads_that_take_their_first_step_at_once_share_one_lookup_table(monkeypatch):
@@ -64,7 +61,7 @@ class Dispatcher:
         return SimpleNamespace(max_cooperative_grid_blocks=lambda threads: 7)
 
 
-@pytest.mark.skipif(bool(config.ENABLE_CUDASIM), reason="the simulator compiles nothing")
+@pytest.mark.skipif(simulator.enabled(), reason="the simulator compiles nothing")
 @pytest.mark.parametrize("when", ["decorating", "compiling"])
 @pytest.mark.parametrize("fault", [RuntimeError("cannot cache function: no locator"), OSError(28, "No space left")])
 def test_kernels_are_compiled_where_no_folder_can_be_written(monkeypatch, when, fault):
@@ -74,7 +71,7 @@ def test_kernels_are_compiled_where_no_folder_can_be_written(monkeypatch, when, 
         kept = Dispatcher(fault if cache else None)
         return kept if function else lambda function: kept
 
-    monkeypatch.setattr(numba_cuda, "jit", jit)
+    monkeypatch.setattr(device.cuda, "jit", jit)
     monkeypatch.setattr(launch, "require", lambda: None)
     compiled = launch._compiled.__wrapped__
     dispatcher, resident = compiled("update_32bit", "float32", 0)
@@ -146,3 +143,47 @@ def test_a_first_step_in_inference_mode_and_the_next_outside_in_the_simulator(ki
         return p
 
     assert_same_bits(trained("cuda"), trained("cpu"))
+
+
+BUCKETS = [
+    *((torch.float32, alignment, {"percentile_clipping": 50}) for alignment in (8, 4)),
+    *((torch.bfloat16, alignment, {"percentile_clipping": 50}) for alignment in (8, 4, 2)),
+    *((torch.bfloat16, 8, {"master_weight_bits": bits}) for bits in (24, 32)),
+    (torch.bfloat16, 4, {"stochastic_rounding": True, "rounding_seed": 1}),
+]
+
+
+@simulated
+@pytest.mark.parametrize(("dtype", "alignment", "options"), BUCKETS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_in_a_bucket_are_read_by_loads_as_wide_as_all_allow_in_the_simulator(
+    kind, dtype, alignment, options, monkeypatch
+):
+    told, launched = {}, launch._launch
+
+    def noted(name, *arguments, **kind):
+        told.setdefault(name, set()).add(kind.get("grad_alignment"))
+        launched(name, *arguments, **kind)
+
+    monkeypatch.setattr(launch, "_launch", noted)
+
+    def trained(backend, bucket):
+        params = [parameter(size, dtype=dtype) for size in (264, 70)]
+        optimizer = KINDS[kind](params, lr=1e-2, min_8bit_size=0, **options)
+        with lion.use_backend(backend):
+            for seed in range(2):
+                set_gradients(params, seed)
+                if bucket:
+                    move_to_bucket(params, alignment)
+                optimizer.grad_scale = torch.tensor(1024.0)
+                optimizer.step()
+        return params, optimizer
+
+    (params, optimizer), (expected, reference) = trained("cuda", True), trained("cpu", False)
+    for p, q in zip(params, expected, strict=True):
+        assert_same_bits(p, q)
+        for name, value in reference.state[q].items():
+            assert_same_bits(optimizer.state[p][name], value, what=name)
+    readers = told.keys() & set(launch.READING_GRADIENTS)
+    assert len(readers) == (kind == "tensorwise") + 1 + ("percentile_clipping" in options)
+    assert all(told[name] == {alignment} for name in readers)

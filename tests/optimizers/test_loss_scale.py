@@ -10,6 +10,7 @@ from torch import nn
 
 import lion
 from lion._backends import use_backend
+from lion.cuda_kernels import simulator
 from tests.comparing import assert_same_bits
 
 CLASSES = [lion.Lion, lion.Lion8bit, lion.Lion32bit, lion.PagedLion, lion.PagedLion8bit, lion.PagedLion32bit]
@@ -166,11 +167,8 @@ def test_a_first_step_of_zeros_without_a_learning_rate_makes_state_only() -> Non
         assert_same(optimizer, other)
 
 
+@pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 def test_simulator_skips_and_unscales() -> None:
-    from lion.cuda_kernels import launch
-
-    if not launch.simulated():
-        pytest.skip("needs NUMBA_ENABLE_CUDASIM=1 in the environment")
     for options in OPTIONS:
         ours, plain = params(), params()
         optimizer, other = (lion.Lion8bit(some, min_8bit_size=0, **options) for some in (ours, plain))
