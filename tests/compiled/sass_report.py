@@ -74,7 +74,7 @@ def _in_words(widths: Counter[int]) -> str:
 
 def row(kernel: building.Kernel, capability: building.Capability) -> Row:
     """Return the counts of a kernel, from its link-time optimised machine code."""
-    limit = launch.most_registers(kernel.name, kernel.tuning).get("max_registers")
+    limit = kernel.tuning.most_registers(kernel.name)
     binary = building.link_time_optimized(launch.kernel(*kernel), capability, limit)
     body = building.main_loop(building.disassemble(binary.cubin))
     loads, names = _widths(body, "LDG"), [instruction.name for instruction in body]
@@ -159,7 +159,7 @@ def _print_variants() -> None:
     for name in ("update_32bit", "update_8bit_blockwise"):
         for dtype in ("float32", "bfloat16"):
             for title, tuning in VARIANTS.items():
-                if tuning.max_registers and name not in dict(tuning.max_registers):
+                if tuning.max_registers and tuning.most_registers(name) is None:
                     continue
                 counts = row(building.Kernel(name, dtype, tuning=tuning), (9, 0))
                 loads = sum(int(part.split("×")[0]) for part in counts.loads.split())
