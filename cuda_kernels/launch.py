@@ -140,12 +140,6 @@ def kernel(
     return function
 
 
-def most_registers(name: str, tuning: Tuning) -> dict[str, int]:
-    """Return the option of ``cuda.jit`` that limits a kernel's registers, if something does."""
-    limits = dict(tuning.max_registers)
-    return {"max_registers": limits[name]} if name in limits else {}
-
-
 @functools.cache
 def _compiled(name: str, dtype: str | None, device: int, **kind: Any) -> tuple[Any, int]:
     """Return a kernel compiled for a device and the number of its blocks that the device runs at once."""
@@ -156,7 +150,8 @@ def _compiled(name: str, dtype: str | None, device: int, **kind: Any) -> tuple[A
     if simulator.enabled():
         return cuda.jit(function), simulator.BLOCKS
     signature = (types.int64,) * function.__code__.co_argcount
-    options = most_registers(name, kind.get("tuning", DEFAULT))
+    limit = kind.get("tuning", DEFAULT).most_registers(name)
+    options = {} if limit is None else {"max_registers": limit}
     try:
         dispatcher = cuda.jit(cache=True, **options)(function)
         compiled = dispatcher.compile(signature)
@@ -214,6 +209,9 @@ def resident_blocks(device: int) -> int:
 
 def folder_on_disk() -> str:
     """Return the folder where compiled kernels are kept; none is compiled for it.
+
+    Returns:
+        Its path.
 
     Raises:
         OSError: If there is no folder that can be written.

@@ -274,15 +274,8 @@ def make_update_32bit(
                     load_8_weights(weights, dtype, gap, next_param, next_lower, pw, lw)
                     load_8(grad_dtype, gap, grad_alignment, grad + WARPS * 256 * grad_itemsize, gw)
                     load_8(FLOAT32, gap, WIDEST, momentum + WARPS * 256 * 4, mw)
-                write_8_weights(
-                    weights,
-                    dtype,
-                    gap,
-                    param,
-                    lower,
-                    p,
-                    random_words_of_8(weights, gap, stream, group, cuda.threadIdx.x),
-                )
+                random = random_words_of_8(weights, gap, stream, group, cuda.threadIdx.x)
+                write_8_weights(weights, dtype, gap, param, lower, p, random)
                 store_8(FLOAT32, gap, momentum, m)
                 param += WARPS * 256 * itemsize
                 grad += WARPS * 256 * grad_itemsize
@@ -429,15 +422,8 @@ def make_update_8bit_blockwise(
                     load_8(grad_dtype, gap, grad_alignment, grad + WARPS * 256 * grad_itemsize, gw)
                     low, high = load_8_of_1(gap, code + WARPS * 256)
                     old_absmax = load_f32(absmax + WARPS * 4)
-                write_8_weights(
-                    weights,
-                    dtype,
-                    gap,
-                    param,
-                    lower,
-                    p,
-                    random_words_of_8(weights, gap, stream, group, cuda.threadIdx.x),
-                )
+                random = random_words_of_8(weights, gap, stream, group, cuda.threadIdx.x)
+                write_8_weights(weights, dtype, gap, param, lower, p, random)
                 maximum = warp_max(abs_max_8(m, np.float32(0)))
                 if lane == 0:
                     store_f32(absmax, stored_absmax(maximum))
@@ -602,15 +588,8 @@ def make_update_tensorwise(
                         load_8_weights(weights, dtype, gap, next_param, next_lower, pw, lw)
                         load_8(grad_dtype, gap, grad_alignment, grad + WARPS * 256 * grad_itemsize, gw)
                         low, high = load_8_of_1(gap, code + WARPS * 256)
-                    write_8_weights(
-                        weights,
-                        dtype,
-                        gap,
-                        param,
-                        lower,
-                        p,
-                        random_words_of_8(weights, gap, stream, group, cuda.threadIdx.x),
-                    )
+                    random = random_words_of_8(weights, gap, stream, group, cuda.threadIdx.x)
+                    write_8_weights(weights, dtype, gap, param, lower, p, random)
                     new_low, new_high = quantize_8(m, maximum, factor, lookup)
                     store_8_of_1(gap, code, new_low, new_high)
                     param += WARPS * 256 * itemsize

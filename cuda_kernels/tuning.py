@@ -20,5 +20,16 @@ class Tuning(NamedTuple):
     ahead: bool = False
     max_registers: tuple[tuple[str, int], ...] = ()
 
+    def most_registers(self, kernel: str) -> int | None:
+        """Return the most registers that a thread of a kernel may have.
+
+        Args:
+            kernel: The kernel's name.
+
+        Returns:
+            Their number; None where the compiler decides.
+        """
+        return dict(self.max_registers).get(kernel)
+
 
 DEFAULT = Tuning()

@@ -74,7 +74,7 @@ def _in_words(widths: Counter[int]) -> str:
 
 def row(kernel: building.Kernel, capability: building.Capability) -> Row:
     """Return the counts of a kernel, from its link-time optimised machine code."""
-    limit = launch.most_registers(kernel.name, kernel.tuning).get("max_registers")
+    limit = kernel.tuning.most_registers(kernel.name)
     binary = building.link_time_optimized(launch.kernel(*kernel), capability, limit)
     body = building.main_loop(building.disassemble(binary.cubin))
     loads, names = _widths(body, "LDG"), [instruction.name for instruction in body]
@@ -142,13 +142,24 @@ def _print_halves(sectors: dict[tuple[str, str, int, bool], list[int]]) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def _print_buckets() -> None:
+    print("| kernel | dtype | gradients are multiples of | instructions | registers | loads | stores |")
+    print("| --- | --- | --- | ---: | ---: | --- | --- |")
+    for name in launch.UPDATES:
+        for dtype, alignments in (("float32", (16, 8, 4)), ("bfloat16", (16, 8, 4, 2))):
+            for alignment in alignments:
+                counts = row(building.Kernel(name, dtype, grad_alignment=alignment), (9, 0))
+                numbers = [f"{counts.instructions:.1f}", str(counts.registers), counts.loads, counts.stores]
+                print("| " + " | ".join([f"`{name}`", dtype, f"{alignment} bytes", *numbers]) + " |", flush=True)
+
+
 def _print_variants() -> None:
     print("| kernel | dtype | variant | instructions | registers | spills | loads before the arithmetic |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
     for name in ("update_32bit", "update_8bit_blockwise"):
         for dtype in ("float32", "bfloat16"):
             for title, tuning in VARIANTS.items():
-                if tuning.max_registers and name not in dict(tuning.max_registers):
+                if tuning.max_registers and tuning.most_registers(name) is None:
                     continue
                 counts = row(building.Kernel(name, dtype, tuning=tuning), (9, 0))
                 loads = sum(int(part.split("×")[0]) for part in counts.loads.split())
@@ -190,6 +201,10 @@ def main() -> None:
     print("accesses and sectors those of a warp for a block of 256 elements, counted in the simulator; the last column")
     print("leaves out loads from sectors that another load of the block has brought.\n")
     _print_halves(_sectors())
+    print("\n## Gradients in buckets\n")
+    print("Gradients whose addresses are no multiples of 16 bytes have kernels of their own: all else moves as before.")
+    print("Counted on 9.0.\n")
+    _print_buckets()
     print("\n## Variants\n")
     print("Other ways to the same bits, which `python -m benchmarks.gpu` times beside each other: only a GPU can tell")
     print("whether they pay. Left to itself, the compiler puts some loads behind the first arithmetic, to save")

@@ -19,6 +19,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 
 from lion._backends import cuda  # noqa: E402
 from lion.cuda_kernels import device, launch, simulator  # noqa: E402
+from lion.cuda_kernels.tuning import DEFAULT, Tuning  # noqa: E402
 
 simulated = pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 
@@ -76,6 +77,24 @@ def test_kernels_are_compiled_where_no_folder_can_be_written(monkeypatch, when, 
     compiled = launch._compiled.__wrapped__
     dispatcher, resident = compiled("update_32bit", "float32", 0)
     assert dispatcher.fault is None and resident == 7
+
+
+@pytest.mark.skipif(simulator.enabled(), reason="the simulator compiles nothing")
+@pytest.mark.parametrize(("name", "expected"), [("update_8bit_blockwise", {"max_registers": 48}), ("update_32bit", {})])
+def test_registers_are_limited_as_a_tuning_says(monkeypatch, name, expected):
+    given = []
+
+    def jit(cache=False, **options):
+        given.append(options)
+        return lambda function: Dispatcher(None)
+
+    monkeypatch.setattr(device.cuda, "jit", jit)
+    monkeypatch.setattr(launch, "require", lambda: None)
+    tuning = Tuning(max_registers=(("update_8bit_blockwise", 48),))
+    plain, tuned = (launch.kernel(name, "bfloat16", tuning=how).__qualname__ for how in (DEFAULT, tuning))
+    assert plain != tuned  # so that the disk has both
+    launch._compiled.__wrapped__(name, "bfloat16", 0, tuning=tuning)
+    assert given == [expected]
 
 
 def test_errors_of_the_compiler_and_the_driver_are_runtime_errors(monkeypatch):
