@@ -13,6 +13,9 @@ from benchmarks.training.contestants import Contestant
 from benchmarks.training.worker import Job
 from lion._cli import UsageError
 
+# Of a machine: the losses depend on the threads, the times on both.
+SAME = ("machine", "threads")
+
 
 class Store:
     """The results of one task.
@@ -30,28 +33,38 @@ class Store:
         self._machines: dict[Job, int] = {}
         if path.exists():
             stored = json.loads(path.read_text())
-            self.settings, self.machines = stored["settings"], stored["machines"]
+            self.settings, self.machines, self.skipped = stored["settings"], stored["machines"], stored["skipped"]
             for run in stored["runs"]:
                 job = Job(**run["job"])
                 self._results[job], self._machines[job] = run["result"], run["machine"]
 
-    def begin(self, settings: dict[str, Any], machine: dict[str, Any]) -> None:
+    def begin(self, settings: dict[str, Any], machine: dict[str, Any], batch_size: int) -> None:
         """Go on with what is stored, on a machine.
 
         Args:
             settings: What has to be the same for all results.
-            machine: What measures now.
+            machine: What measures now; its name and its threads have to be the same, too.
+            batch_size: The usual one, which has to be the smallest: with larger ones the steps are fewer.
 
         Raises:
-            UsageError: If what is stored was made with other settings.
+            UsageError: If what is stored was made with other settings, or there can be no such folder.
         """
-        if self._results and self.settings != settings:
-            raise UsageError(f"{self.path} holds results with other settings, {self.settings}; choose another --out")
+        if self._results:
+            known = {**self.settings, "batch_size": min(job.batch_size for job in self._results)}
+            for stored in self.machines:
+                known.update({key: stored[key] for key in SAME if key in stored})
+            for key, value in {**settings, "batch_size": batch_size, **{key: machine[key] for key in SAME}}.items():
+                if known.get(key, value) != value:
+                    told = f"{self.path} holds results with {key} {known[key]}, not {value}"
+                    raise UsageError(f"{told}; choose another --out")
         self.settings = settings
         if machine not in self.machines:
             self.machines.append(machine)
         self._machine = self.machines.index(machine)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"Invalid --out: {self.path.parent}; {error.strerror}") from None
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """Return the result of a job, or None."""
