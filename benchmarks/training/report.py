@@ -268,9 +268,10 @@ def draw(store: Store, folder: Path, prefix: str = "") -> list[Path]:
 
 def _draw_losses(found: list[Row], path: Path) -> Path:
     """Draw the end of the losses: the beginning is the same for all and would hide what differs."""
-    figure = pictures.figure(6.6)
     timed = all(row.step_seconds for row in found)
-    axes = figure.subplots(2 if timed else 1, 1, squeeze=False)[:, 0]
+    count = 2 if timed else 1
+    figure = pictures.figure(2.4 * count + 0.22 * len(found))
+    axes = figure.subplots(count, 1, squeeze=False)[:, 0]
     for i, row in enumerate(found):
         steps, losses = zip(*row.curve[len(row.curve) // 3 :], strict=True)
         # Curves that lie on one another: the later ones are thinner, so that each stays visible.

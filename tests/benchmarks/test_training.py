@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -192,16 +193,14 @@ def test_who_fails_is_skipped_with_the_reason_and_tried_again_next_time(
 
 
 def test_a_process_that_is_killed_tells_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/sh")
-    monkeypatch.setattr(command.json, "dumps", lambda told: "x")
-    options = Namespace(data=None, device="cpu", threads=1)
-    job = Job("search", "a", "AdamW", 1e-3, 0, 8, 2)
-    monkeypatch.setattr(command.subprocess, "Popen", _killed(command.subprocess.Popen))
+    begin = subprocess.Popen
+
+    def killed(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
+        return begin(["/bin/sh", "-c", "echo a warning >&2; kill -9 $$"], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", killed)
+    job, options = Job("search", "a", "AdamW", 1e-3, 0, 8, 2), Namespace(data=None, device="cpu", threads=1)
     assert command._in_process(job, options) == "ended by SIGKILL"
-
-
-def _killed(popen: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda arguments, **options: popen(["/bin/sh", "-c", "echo a warning >&2; kill -9 $$"], **options)
 
 
 @pytest.mark.parametrize(
@@ -546,7 +545,7 @@ def test_bars_are_as_long_as_the_peak(pictures: tuple[Path, Store]) -> None:
     assert len(set(ends)) > len(ALL)
 
 
-def test_files_without_threads_go_on(tmp_path: Path) -> None:
+def test_results_of_a_machine_whose_threads_are_not_known_go_on(tmp_path: Path) -> None:
     store = filled(tmp_path, dict(measured("AdamW")))
     told = json.loads(store.path.read_text())
     del told["machines"][0]["threads"]
