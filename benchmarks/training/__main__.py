@@ -125,8 +125,6 @@ def run(options: argparse.Namespace, store: Store) -> None:
     contestants = [BY_NAME[name] for name in options.contestants] if options.contestants else installed()
     settings = {"task": options.task, "data": _called(options.data), "steps": steps, "search_steps": search_steps}
     store.begin(settings, {**machine(device), "threads": options.threads}, batch_sizes[0])
-    for contestant in contestants:
-        store.skipped.pop(contestant.name, None)  # perhaps it can take part now
 
     for batch_size in batch_sizes:
         # A larger batch is for two of them, in half as many steps.
@@ -180,15 +178,15 @@ def _search(contestant: Contestant, task: Task, job: Job, options: argparse.Name
 
 
 def _do(job: Job, options: argparse.Namespace, store: Store) -> dict[str, Any] | None:
-    """Return the stored result of a job, after doing it if there is none; None if it failed."""
+    """Return the stored result of a job, after doing it if there is none; None if it failed, or one like it."""
     known = store.result(job)
-    if known is not None or job.contestant in store.skipped:
+    if known is not None or store.has_failed(job):
         return known
     print(f"{job.kind} of {job.contestant}, rate {job.lr:.3g}, seed {job.seed}, batch {job.batch_size}", flush=True)
     result = _in_process(job, options)
     if isinstance(result, str):
         print(f"  skipped: {result}")
-        store.skip(job.contestant, result)
+        store.skip(job, result)
         return None
     store.add(job, result)
     return result

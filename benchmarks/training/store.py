@@ -29,6 +29,8 @@ class Store:
         self.settings: dict[str, Any] = {}
         self.machines: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
+        """Reasons why a contestant could not take part with a batch size, by both."""
+        self._failed: set[str] = set()
         self._results: dict[Job, dict[str, Any]] = {}
         self._machines: dict[Job, int] = {}
         if path.exists():
@@ -72,13 +74,19 @@ class Store:
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
         """Keep a result."""
+        self.skipped.pop(_who(job), None)
         self._results[job], self._machines[job] = result, self._machine
         self._write()
 
-    def skip(self, contestant: str, reason: str) -> None:
-        """Note that a contestant cannot take part here."""
-        self.skipped[contestant] = reason
+    def skip(self, job: Job, reason: str) -> None:
+        """Note that a job's contestant cannot take part here with its batch size."""
+        self._failed.add(_who(job))
+        self.skipped[_who(job)] = reason
         self._write()
+
+    def has_failed(self, job: Job) -> bool:
+        """Return whether a job of this contestant with this batch size has failed since the command began."""
+        return _who(job) in self._failed
 
     def runs(self, kind: str) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Return the jobs of a kind with their results, as they were done."""
@@ -110,3 +118,7 @@ class Store:
         new = self.path.with_suffix(".new")
         new.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n')
         os.replace(new, self.path)
+
+
+def _who(job: Job) -> str:
+    return f"{job.contestant}, batch of {job.batch_size}"

@@ -65,7 +65,7 @@ HELD_OUT_BYTES = 8192
 
 
 def bytes_task(size: Size, data: Path | None) -> Task:
-    """Return the task of foretelling the next byte of a text.
+    """Return the task of predicting the next byte of a text.
 
     Args:
         size: Which model.

@@ -186,10 +186,35 @@ def test_who_fails_is_skipped_with_the_reason_and_tried_again_next_time(
     reason = "RuntimeError: no bfloat16 here"
     for _ in range(2):
         assert run(*fixed, "Lion8bit, bf16") == 0
-        assert f"not trained: Lion8bit, bf16: {reason}" in capsys.readouterr().out
-        assert stored(tmp_path)["skipped"] == {"Lion8bit, bf16": reason}
+        assert f"not trained: Lion8bit, bf16, batch of 4: {reason}" in capsys.readouterr().out
+        assert stored(tmp_path)["skipped"] == {"Lion8bit, bf16, batch of 4": reason}
     assert run(*fixed, "AdamW", "--report") == 0
     assert reason in capsys.readouterr().out
+
+
+def test_a_batch_that_is_too_large_leaves_the_usual_one_alone(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done, memory = [], 8
+
+    def work(job: Job, options: Namespace) -> dict[str, Any] | str:
+        done.append(job)
+        if job.batch_size > memory:
+            return "no memory"
+        return measured("Lion8bit")[0][1] if job.kind == "memory" else trained("Lion8bit", 0, job.lr)[1]
+
+    monkeypatch.setattr(command, "_in_process", work)
+    fixed = [HERE, *"--steps 8 --search-steps 4 --batch-sizes 16 8 --kinds search training memory".split()]
+    assert run(*fixed, "--contestants", "Lion", "Lion8bit") == 0
+    assert stored(tmp_path)["skipped"] == {"Lion8bit, batch of 16": "no memory"}
+    larger = [job for job in done if job.batch_size == 16]
+    assert [(job.kind, job.contestant, job.steps) for job in larger] == [("search", "Lion8bit", 2)]
+    assert [job.contestant for job in done if job.kind == "memory"] == ["Lion", "Lion8bit"]
+    memory, count = 16, len(done)
+    assert run(*fixed, "--contestants", "Lion", "Lion8bit") == 0
+    assert stored(tmp_path)["skipped"] == {}
+    assert {job.batch_size for job in done[count:]} == {16}
+    assert [job.steps for job in done[count:] if job.kind == "training"] == [4] * 3
 
 
 def test_a_process_that_is_killed_tells_the_signal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,6 +429,13 @@ def test_the_optimizer_has_no_time_of_its_own_in_backward(one_thread: None) -> N
     assert 0 < ours["optimizer_seconds"] < ours["step_seconds"]
     assert ours["tokens_per_second"] == 16 / ours["step_seconds"]
     assert times("Lion8bit in backward")["optimizer_seconds"] is None
+
+
+def test_the_metric_is_that_of_the_held_out_batches(one_thread: None) -> None:
+    task = small_task()._replace(metric=lambda model, batch: batch.mean())
+    job = Job("training", HERE, "Lion", 1e-3, 0, 16, 2)
+    found = worker.train(worker.Training(task, BY_NAME["Lion"], job, CPU), job, lambda text: None)
+    assert found["metric"] == pytest.approx(torch.stack(task.held_out).mean().item())
 
 
 def test_a_training_that_diverges_ends() -> None:
