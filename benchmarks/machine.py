@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -36,7 +37,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "machine": device_name(device) if device.type == "cuda" else models[0] if models else platform.processor(),
-        "processors": len(models),
+        "processors": os.cpu_count(),
         "lookups": LOOKUPS,
         "python": platform.python_version(),
         "versions": versions,

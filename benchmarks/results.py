@@ -171,7 +171,7 @@ def trainings(name: str) -> dict[str, str]:
     found.update({f"{name}: {title}": markdown(headings, cells) for title, headings, cells in report.tables(store)})
     chosen = [row for row in report.rows(store, report.batch_sizes(store)[0]) if row.contestant.name in FIRST]
     headings, cells = report.results_table(chosen)
-    wanted = [headings.index(heading) for heading in ("", "peak MiB", "state B", "held-out loss")]
+    wanted = [headings.index(name) for name in ("", "peak MiB", "state B", "held-out loss") if name in headings]
     found[f"{name} first"] = markdown([headings[i] for i in wanted], [[line[i] for i in wanted] for line in cells])
     return found
 

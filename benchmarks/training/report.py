@@ -12,12 +12,17 @@ from rich.table import Table
 from benchmarks import pictures
 from benchmarks.training.contestants import BY_NAME, Contestant
 from benchmarks.training.store import Store
+from benchmarks.training.worker import KINDS, Job
 
 # Whom the others are compared with, on the same seeds.
 BASELINES = ("AdamW", "Lion8bit")
 SIGNIFICANT = 0.05
 MEBI = 1 << 20
-NAMES = {"AdamW": "AdamW, float32", "Lion": "Lion, float32", "Lion8bit": "Lion8bit, float32"}
+TITLES = {
+    **{name: f"{name}, float32" for name in ("AdamW", "Lion", "Lion8bit")},
+    "flashoptim FlashLion, bf16": "flashoptim FlashLion, bf16 + 24 bits",
+}
+LINES = ("-", (0, (3, 1)))
 
 
 class Difference(NamedTuple):
@@ -51,7 +56,8 @@ class Row(NamedTuple):
     Attributes:
         contestant: Who.
         rate: Its best learning rate, or None.
-        losses: Held-out losses after training, by seed.
+        losses: Held-out losses after training with that rate, by seed.
+        diverged: Seeds whose training diverged; they are in nothing else.
         metrics: Figures of merit, by seed.
         curve: Pairs of step and mean held-out loss.
         memory: Bytes by what they are for, or None.
@@ -63,6 +69,7 @@ class Row(NamedTuple):
     contestant: Contestant
     rate: float | None
     losses: dict[int, float]
+    diverged: list[int]
     metrics: dict[int, float]
     curve: list[tuple[int, float]]
     memory: dict[str, int] | None
@@ -72,13 +79,18 @@ class Row(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The contestant's name, with the dtype of its weights."""
-        return NAMES.get(self.contestant.name, self.contestant.name)
+        """What to call the contestant."""
+        return title(self.contestant)
+
+
+def title(contestant: Contestant) -> str:
+    """Return what to call a contestant: its name, with the dtype of its weights."""
+    return TITLES.get(contestant.name, contestant.name)
 
 
 def batch_sizes(store: Store) -> list[int]:
-    """Return the batch sizes that were trained with, the usual one first."""
-    return sorted({job.batch_size for job, _ in store.runs("training")})
+    """Return the batch sizes that there are results with, the usual one first."""
+    return sorted({job.batch_size for kind in KINDS for job, _ in store.runs(kind)})
 
 
 def rows(store: Store, batch_size: int) -> list[Row]:
@@ -91,16 +103,16 @@ def rows(store: Store, batch_size: int) -> list[Row]:
     found = []
     for contestant in BY_NAME.values():
 
-        def results(kind: str, name: str = contestant.name) -> dict[int, dict[str, Any]]:
-            return {
-                job.seed: result
-                for job, result in store.runs(kind)
-                if (job.contestant, job.batch_size) == (name, batch_size)
-            }
+        def results(kind: str, name: str = contestant.name) -> list[tuple[Job, dict[str, Any]]]:
+            runs = store.runs(kind)
+            return [(job, result) for job, result in runs if (job.contestant, job.batch_size) == (name, batch_size)]
 
-        trained = {seed: result for seed, result in results("training").items() if result["loss"] is not None}
-        timed, memory = list(results("time").values()), results("memory")
-        if not (trained or timed or memory):
+        # A search that went on afterwards may have found another rate: the seeds of one rate belong together.
+        rate = store.rate(contestant, batch_size)
+        runs = {job.seed: result for job, result in results("training") if job.lr == rate}
+        trained = {seed: result for seed, result in runs.items() if result["loss"] is not None}
+        timed, memory = [result for _, result in results("time")], [result for _, result in results("memory")]
+        if not (runs or timed or memory):
             continue
         curves = [result["curve"] for result in trained.values()]
         median = {
@@ -110,11 +122,12 @@ def rows(store: Store, batch_size: int) -> list[Row]:
         found.append(
             Row(
                 contestant,
-                store.rate(contestant, batch_size),
+                rate,
                 {seed: result["loss"] for seed, result in trained.items()},
+                sorted(runs.keys() - trained.keys()),
                 {seed: result["metric"] for seed, result in trained.items() if result["metric"] is not None},
                 [(points[0][0], statistics.fmean(loss for _, loss in points)) for points in zip(*curves, strict=True)],
-                memory.get(0),
+                memory[-1] if memory else None,
                 **median,
             )
         )
@@ -147,11 +160,8 @@ def spread(values: dict[int, float], digits: int) -> str:
 
 
 def results_table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and cells: loss, memory and speed of each contestant."""
-    headings = ["", "rate", "held-out loss", "peak MiB", "state B", "tokens/s", "step in optimizer"]
-    with_metric = any(row.metrics for row in found)
-    if with_metric:
-        headings.insert(3, "metric")
+    """Return headings and cells: loss, memory and speed of each contestant; columns without a figure are left out."""
+    headings = ["", "rate", "held-out loss", "metric", "peak MiB", "state B", "tokens/s", "optimizer's share"]
     cells = []
     for row in found:
         memory, share = row.memory, None
@@ -160,16 +170,16 @@ def results_table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
         line = [
             row.title,
             "" if row.rate is None else f"{row.rate:.3g}",
-            spread(row.losses, 4),
+            ", ".join(filter(None, [spread(row.losses, 4), row.diverged and f"{len(row.diverged)} diverged"])),
+            spread(row.metrics, 4),
             "" if memory is None or memory["peak"] is None else f"{memory['peak'] / MEBI:.0f}",
             "" if memory is None else f"{memory['state'] / memory['parameters']:.2f}",
             "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
             "" if share is None else f"{share:.1%}",
         ]
-        if with_metric:
-            line.insert(3, spread(row.metrics, 4))
         cells.append(line)
-    return headings, cells
+    known = [i for i in range(len(headings)) if i == 0 or any(line[i] for line in cells)]
+    return [headings[i] for i in known], [[line[i] for i in known] for line in cells]
 
 
 def differences_table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -190,7 +200,10 @@ def differences_table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def search_table(store: Store, batch_size: int) -> tuple[list[str], list[list[str]]]:
-    """Return headings and cells: the held-out losses of the search, as pairs of rate and loss, the best one first."""
+    """Return headings and cells: the held-out losses of the search, as pairs of rate and loss, the best one first.
+
+    A best rate at an end of the row is marked: a better one may lie beyond.
+    """
     cells = []
     for contestant in BY_NAME.values():
         tried = {
@@ -202,7 +215,8 @@ def search_table(store: Store, batch_size: int) -> tuple[list[str], list[list[st
             best = store.rate(contestant, batch_size)
             texts = {lr: f"{lr:.3g}: {'diverged' if loss is None else f'{loss:.3f}'}" for lr, loss in tried.items()}
             others = [texts[lr] for lr in sorted(tried) if lr != best]
-            cells.append([NAMES.get(contestant.name, contestant.name), texts[best] if best else "", ", ".join(others)])
+            mark = " (at the end)" if best in (min(tried), max(tried)) else ""
+            cells.append([title(contestant), texts[best] + mark, ", ".join(others)])
     return ["", "best rate: loss", "others"], cells
 
 
@@ -210,18 +224,18 @@ def tables(store: Store) -> list[tuple[str, list[str], list[list[str]]]]:
     """Return all tables: title, headings, cells."""
     found = []
     for batch_size in batch_sizes(store):
-        results = rows(store, batch_size)
-        title = f"batch of {batch_size}"
-        found.append((f"Results, {title}", *results_table(results)))
-        found.append((f"Differences of the held-out loss on the same seeds, {title}", *differences_table(results)))
-        found.append((f"Search for the rate, {title}", *search_table(store, batch_size)))
-    return found
+        results, size = rows(store, batch_size), f"batch of {batch_size}"
+        trained = [row for row in results if row.losses]
+        found.append((f"Results, {size}", *results_table(results)))
+        found.append((f"Differences of the held-out loss on the same seeds, {size}", *differences_table(trained)))
+        found.append((f"Search for the rate, {size}", *search_table(store, batch_size)))
+    return [(name, headings, cells) for name, headings, cells in found if cells and len(headings) > 1]
 
 
 def show(store: Store, console: Console) -> None:
     """Print the tables, and who could not take part."""
-    for title, headings, cells in tables(store):
-        table = Table(title=title, title_justify="left")
+    for name, headings, cells in tables(store):
+        table = Table(title=name, title_justify="left")
         for i, heading in enumerate(headings):
             table.add_column(heading, justify="right" if i else "left", overflow="fold")
         for line in cells:
@@ -254,13 +268,16 @@ def draw(store: Store, folder: Path, prefix: str = "") -> list[Path]:
 
 def _draw_losses(found: list[Row], path: Path) -> Path:
     """Draw the end of the losses: the beginning is the same for all and would hide what differs."""
-    figure = pictures.figure(6.6)
     timed = all(row.step_seconds for row in found)
-    axes = figure.subplots(2 if timed else 1, 1, squeeze=False)[:, 0]
+    count = 2 if timed else 1
+    figure = pictures.figure(2.4 * count + 0.22 * len(found))
+    axes = figure.subplots(count, 1, squeeze=False)[:, 0]
     for i, row in enumerate(found):
         steps, losses = zip(*row.curve[len(row.curve) // 3 :], strict=True)
         # Curves that lie on one another: the later ones are thinner, so that each stays visible.
-        style: dict[str, Any] = {"color": pictures.COLORS[i], "linewidth": 4 - 3 * i / len(found)}
+        colors = len(pictures.COLORS)
+        style: dict[str, Any] = {"color": pictures.COLORS[i % colors], "linestyle": LINES[i // colors]}
+        style["linewidth"] = 4 - 3 * i / len(found)
         axes[0].plot(steps, losses, label=row.title, **style)
         if timed:
             axes[1].plot([step * (row.step_seconds or 0) for step in steps], losses, **style)

@@ -13,6 +13,9 @@ from benchmarks.training.contestants import Contestant
 from benchmarks.training.worker import Job
 from lion._cli import UsageError
 
+# Of a machine: the losses depend on the threads, the times on both.
+SAME = ("machine", "threads")
+
 
 class Store:
     """The results of one task.
@@ -26,32 +29,44 @@ class Store:
         self.settings: dict[str, Any] = {}
         self.machines: list[dict[str, Any]] = []
         self.skipped: dict[str, str] = {}
+        """Reasons why a contestant could not take part with a batch size, by both."""
+        self._failed: set[str] = set()
         self._results: dict[Job, dict[str, Any]] = {}
         self._machines: dict[Job, int] = {}
         if path.exists():
             stored = json.loads(path.read_text())
-            self.settings, self.machines = stored["settings"], stored["machines"]
+            self.settings, self.machines, self.skipped = stored["settings"], stored["machines"], stored["skipped"]
             for run in stored["runs"]:
                 job = Job(**run["job"])
                 self._results[job], self._machines[job] = run["result"], run["machine"]
 
-    def begin(self, settings: dict[str, Any], machine: dict[str, Any]) -> None:
+    def begin(self, settings: dict[str, Any], machine: dict[str, Any], batch_size: int) -> None:
         """Go on with what is stored, on a machine.
 
         Args:
             settings: What has to be the same for all results.
-            machine: What measures now.
+            machine: What measures now; its name and its threads have to be the same, too.
+            batch_size: The usual one, which has to be the smallest: with larger ones the steps are fewer.
 
         Raises:
-            UsageError: If what is stored was made with other settings.
+            UsageError: If what is stored was made with other settings, or there can be no such folder.
         """
-        if self._results and self.settings != settings:
-            raise UsageError(f"{self.path} holds results with other settings, {self.settings}; choose another --out")
+        if self._results:
+            known = {**self.settings, "batch_size": min(job.batch_size for job in self._results)}
+            for stored in self.machines:
+                known.update({key: stored[key] for key in SAME if key in stored})
+            for key, value in {**settings, "batch_size": batch_size, **{key: machine[key] for key in SAME}}.items():
+                if known.get(key, value) != value:
+                    told = f"{self.path} holds results with {key} {known[key]}, not {value}"
+                    raise UsageError(f"{told}; choose another --out")
         self.settings = settings
         if machine not in self.machines:
             self.machines.append(machine)
         self._machine = self.machines.index(machine)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"Invalid --out: {self.path.parent}; {error.strerror}") from None
 
     def result(self, job: Job) -> dict[str, Any] | None:
         """Return the result of a job, or None."""
@@ -59,13 +74,19 @@ class Store:
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
         """Keep a result."""
+        self.skipped.pop(_who(job), None)
         self._results[job], self._machines[job] = result, self._machine
         self._write()
 
-    def skip(self, contestant: str, reason: str) -> None:
-        """Note that a contestant cannot take part here."""
-        self.skipped[contestant] = reason
+    def skip(self, job: Job, reason: str) -> None:
+        """Note that a job's contestant cannot take part here with its batch size."""
+        self._failed.add(_who(job))
+        self.skipped[_who(job)] = reason
         self._write()
+
+    def has_failed(self, job: Job) -> bool:
+        """Return whether a job of this contestant with this batch size has failed since the command began."""
+        return _who(job) in self._failed
 
     def runs(self, kind: str) -> Iterator[tuple[Job, dict[str, Any]]]:
         """Return the jobs of a kind with their results, as they were done."""
@@ -97,3 +118,7 @@ class Store:
         new = self.path.with_suffix(".new")
         new.write_text(f'{head},\n "runs": [\n{lines}\n ]\n}}\n')
         os.replace(new, self.path)
+
+
+def _who(job: Job) -> str:
+    return f"{job.contestant}, batch of {job.batch_size}"

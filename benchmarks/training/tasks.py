@@ -65,7 +65,7 @@ HELD_OUT_BYTES = 8192
 
 
 def bytes_task(size: Size, data: Path | None) -> Task:
-    """Return the task of foretelling the next byte of a text.
+    """Return the task of predicting the next byte of a text.
 
     Args:
         size: Which model.
@@ -103,9 +103,10 @@ def found_task(name: str, data: Path | None) -> Task:
         raise UsageError(f"Invalid --data: {data}; only {', '.join(SIZES)} read a text")
     module, _, function = name.partition(":")
     try:
-        task = getattr(importlib.import_module(module), function)()
+        make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"Invalid task: {name}; {', '.join(SIZES)} or module:function is allowed: {error}") from None
+    task = make()
     if not isinstance(task, Task):
         raise UsageError(f"Invalid task: {name}; it returns {type(task).__name__} instead of a Task")
     return task

@@ -27,6 +27,7 @@ from lion._cli.language_model import learning_rate_factor
 
 EVALUATIONS = 8
 UNTIMED_STEPS = 3
+KINDS = ("search", "training", "memory", "time")
 WARM_UP_ELEMENTS = 1 << 13
 
 
@@ -65,7 +66,7 @@ class Training:
     def __init__(self, task: Task, contestant: Contestant, job: Job, device: torch.device) -> None:
         self.task, self.dtype, self.device = task, contestant.dtype, device
         torch.manual_seed(job.seed)
-        self.model = task.make_model().to(device, contestant.dtype)
+        self.model = task.make_model().to(device, contestant.dtype).train()  # a pretrained one may come for evaluation
         self.optimizer: Optimizer = contestant.make(self.model.parameters(), job.lr, DECAY / job.lr)
         self.in_backward = StepInBackward(self.optimizer) if contestant.in_backward else None
         self.schedule = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, job.steps))
@@ -121,6 +122,7 @@ def train(training: Training, job: Job, show: Callable[[str], None]) -> dict[str
     # Of a search only the end is asked for.
     evaluations = EVALUATIONS if job.kind == "training" else 1
     curve = [(0, training.held_out(training.task.loss))] if job.kind == "training" else []
+    step = 0
     for step, batch in enumerate(training.task.batches(job.seed, job.steps, job.batch_size), start=1):
         training.step(batch)
         if step * evaluations // job.steps > (step - 1) * evaluations // job.steps:
@@ -128,6 +130,9 @@ def train(training: Training, job: Job, show: Callable[[str], None]) -> dict[str
             show(f"{step} of {job.steps} steps, held-out loss {curve[-1][1]:.4f}")
             if not math.isfinite(curve[-1][1]):
                 break
+    else:
+        if step != job.steps:
+            raise ValueError(f"the task gave {step} batches where {job.steps} were asked for")
     loss, metric = curve[-1][1], training.task.metric
     if not math.isfinite(loss):
         return {"curve": curve[:-1], "loss": None, "metric": None}

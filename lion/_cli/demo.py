@@ -281,7 +281,7 @@ def _sentence(results: dict[str, Result]) -> str | None:
     memory = ""
     if ours.peak_bytes is not None and theirs.peak_bytes is not None:
         less = 1 - ours.peak_bytes / theirs.peak_bytes
-        memory = f" and {less:.0%} less memory at the peak" if less > 0 else ""
+        memory = f", and with {abs(less):.0%} {'less' if less > 0 else 'more'} memory at the peak"
     sizes = [(result.weight_bytes + result.state_bytes) / result.parameters for result in (ours, theirs)]
     return (
         f"{ours.optimizer} trains with {sizes[0]:.1f} bytes of weights and state per parameter where AdamW needs "

@@ -178,7 +178,7 @@ def batches(text: Tensor, count: int, size: int, context: int, generator: torch.
         text: Its bytes, uint8.
         count: Batches.
         size: Pieces in a batch.
-        context: Bytes that the model sees; a piece has one more, to be foretold.
+        context: Bytes that the model sees; a piece has one more, to be predicted.
         generator: Where the randomness comes from.
 
     Returns:
