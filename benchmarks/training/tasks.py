@@ -59,7 +59,7 @@ SIZES = {
     "tiny": Size(Shape(192, 6, 2, 64), (16,), 240, 240, 4_000_000),
     "small": Size(Shape(384, 6, 6, 128), (8, 32), 160, 40, 4_000_000),
     # As many parameters as GPT-2 small, in more blocks for want of its vocabulary.
-    "gpt2": Size(Shape(768, 12, 17, 1024), (16, 64), 500, 100, 16_000_000),
+    "gpt2": Size(Shape(768, 12, 17, 1024), (8, 32), 500, 100, 16_000_000),
 }
 HELD_OUT_BYTES = 8192
 
