@@ -32,7 +32,9 @@ ACCESSES = {
 
 
 def traffic(
-    namespace: dict[str, Any], run: Callable[[], None], arrays: Mapping[str, npt.NDArray[Any]]
+    namespace: dict[str, Any],
+    run: Callable[[], None],
+    arrays: Mapping[str, npt.NDArray[Any]],
 ) -> Counter[tuple[str, str]]:
     """Count the bytes that kernels touch while they run in the simulator.
 
@@ -47,21 +49,27 @@ def traffic(
         Bytes by the name of the array and "read" or "written".
     """
     touched: dict[tuple[str, str, int], int] = {}
-    ranges = {name: (a.ctypes.data, a.ctypes.data + a.nbytes) for name, a in arrays.items()}
+    ranges = {
+        name: (a.ctypes.data, a.ctypes.data + a.nbytes) for name, a in arrays.items()
+    }
 
     def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def access(address: Any, *values: Any) -> Any:
             for array, (begin, end) in ranges.items():
                 if begin <= address < end:
-                    touched[array, "read" if name.startswith("load") else "written", int(address)] = ACCESSES[
-                        name
-                    ]
+                    touched[
+                        array,
+                        "read" if name.startswith("load") else "written",
+                        int(address),
+                    ] = ACCESSES[name]
             return function(address, *values)
 
         return access
 
     originals = {name: namespace[name] for name in ACCESSES if name in namespace}
-    namespace.update({name: recorded(name, function) for name, function in originals.items()})
+    namespace.update(
+        {name: recorded(name, function) for name, function in originals.items()}
+    )
     try:
         run()
     finally:
@@ -72,7 +80,9 @@ def traffic(
     return counted
 
 
-def compiled(sources: Mapping[str, str], kernels: Mapping[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
+def compiled(
+    sources: Mapping[str, str], kernels: Mapping[str, tuple[str, int]]
+) -> dict[str, dict[str, Any]]:
     """Return what the compiler makes of kernels for compute capability 9.0; no GPU is needed.
 
     Without numba-cuda's compiler or nvdisasm, or when asked by ``LION_DOCS_STORED_COUNTS=1``, the counts stored
@@ -87,8 +97,14 @@ def compiled(sources: Mapping[str, str], kernels: Mapping[str, tuple[str, int]])
         fused multiply-adds; widest load and store in bits.
     """
     if os.environ.get("LION_DOCS_STORED_COUNTS") != "1":
-        request = json.dumps({"sources": list(sources.values()), "kernels": dict(kernels)})
-        environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "0", "PYTHONPATH": str(ROOT)}
+        request = json.dumps(
+            {"sources": list(sources.values()), "kernels": dict(kernels)}
+        )
+        environment = {
+            **os.environ,
+            "NUMBA_ENABLE_CUDASIM": "0",
+            "PYTHONPATH": str(ROOT),
+        }
         result = subprocess.run(
             [sys.executable, __file__],
             input=request,
@@ -131,7 +147,11 @@ def _main() -> None:
             def widest(prefix: str, names: list[str] = names) -> int:
                 found = [n for n in names if n.startswith(prefix)]
                 sizes = [
-                    int(m[0]) if (m := re.findall(r"\b(64|128)\b", n)) else 8 if "U8" in n else 32
+                    int(m[0])
+                    if (m := re.findall(r"\b(64|128)\b", n))
+                    else 8
+                    if "U8" in n
+                    else 32
                     for n in found
                 ]
                 return max(sizes, default=0)
