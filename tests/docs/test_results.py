@@ -16,6 +16,31 @@ from lion._cli import demo
 LABEL = re.compile('aria-label="(.*?)"')
 
 
+def on_h100(name: str) -> str:
+    return results.milliseconds(results.gpu_runs()[results.TITLES["one"], "bfloat16", 0][name])
+
+
+# Sentences with figures, and the figures.
+SENTENCES = {
+    "over 16 million bfloat16 parameters takes {} ms; torch's fused AdamW takes {} ms and bitsandbytes' `Lion8bit` {} ms": (
+        ["Lion8bit", "torch AdamW", "bitsandbytes Lion8bit"],
+        ["README.md", "docs/index.md"],
+    ),
+    "because it moves fewer bytes: {} against {} ms for 16 million bfloat16 parameters": (
+        ["Lion8bit", "Lion"],
+        ["docs/choosing.md"],
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_figures_in_sentences_are_those_of_the_results(sentence: str) -> None:
+    names, places = SENTENCES[sentence]
+    for place in places:
+        text = " ".join((results.ROOT / place).read_text(encoding="utf-8").split())
+        assert sentence.format(*map(on_h100, names)) in text
+
+
 @pytest.mark.parametrize("page", results.pages(), ids=lambda page: page.relative_to(results.ROOT).as_posix())
 def test_tables_are_those_of_the_results(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
