@@ -22,7 +22,7 @@ def on_h100(name: str) -> str:
 
 # Sentences with figures, and the figures.
 SENTENCES = {
-    "over 16 million bfloat16 parameters takes {} ms; torch's fused AdamW takes {} ms and bitsandbytes' `Lion8bit` {} ms": (
+    "bfloat16 parameters takes {} ms; torch's fused AdamW takes {} ms and bitsandbytes' `Lion8bit` {} ms": (
         ["Lion8bit", "torch AdamW", "bitsandbytes Lion8bit"],
         ["README.md", "docs/index.md"],
     ),
