@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks.training import report
 from benchmarks.training.store import Store
+from lion._cli.check import WAYS_OF_KEEPING
 from lion._cli.measure import WORKLOADS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +130,21 @@ def markdown(headings: list[str], cells: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def ways_of_keeping_weights() -> str:
+    """Return how many times as long a step takes with each way of keeping bfloat16 weights, by a processor's paths."""
+    cells = []
+    for path in PATHS:
+        stored = json.loads((FOLDER / path).read_text())
+        rows = next(run["rows"] for run in stored["runs"] if run["dtype"] == "bfloat16")
+        for name in OURS:
+            nearest = rows[f"numba-lion {name}"]["nanoseconds_per_parameter"]["median"]
+            times = [
+                rows[f"numba-lion {name}, {way}"]["nanoseconds_per_parameter"]["median"] for way in WAYS_OF_KEEPING
+            ]
+            cells.append([f"`{name}`, {stored['lookups']}", *(f"{time / nearest:.2f}" for time in times)])
+    return markdown(["times as long as rounding to nearest", *WAYS_OF_KEEPING], cells)
+
+
 def speed() -> str:
     """Return the milliseconds of a step over one large tensor, on a CPU with two threads and on a GPU."""
     cpu, gpu = cpu_runs("cpu-epyc-zen4.json"), gpu_runs()
@@ -187,6 +203,7 @@ def blocks() -> dict[str, str]:
     }
     if all((FOLDER / name).exists() for name in PATHS):
         found["paths"] = paths()
+        found["ways of keeping weights"] = ways_of_keeping_weights()
         found["paths where"] = " ".join(measured(name) for name in PATHS)
     for name in TRAININGS:
         found.update(trainings(name))
