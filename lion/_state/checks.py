@@ -17,6 +17,7 @@ from lion._state.master import BITS
 
 _ROWS = ("absmax1", "max1", "new_max1")
 _GATHERED = ". It was gathered from shards: 8-bit state has to be converted before that (lion.exchange.to_exp_avg)"
+_LEFT_OUT = "; a flattened state dict loses it where the optimizer that loads has other optim_bits or block_wise"
 
 
 def check(state: State, p: Tensor, name: str) -> None:
@@ -94,7 +95,8 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
         expected["master_low"] = (low_dtype if low_dtype in BITS else torch.int16, tuple(p.shape))
     for key, (dtype, shape) in expected.items():
         if key not in state:
-            raise ValueError(f"Invalid state of {name}: the key {key!r} is missing")
+            why = _LEFT_OUT if key in ("qmap1", *_ROWS) else ""
+            raise ValueError(f"Invalid state of {name}: the key {key!r} is missing{why}")
         value = state[key]
         if value.dtype != dtype or tuple(value.shape) != shape:
             raise ValueError(
