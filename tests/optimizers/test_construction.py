@@ -355,9 +355,16 @@ def test_unsupported_dtype(cls, dtype):
 
 
 @every_class
-def test_sparse_parameter(cls):
-    p = torch.zeros(3, 3).to_sparse().requires_grad_()
-    with pytest.raises((TypeError, ValueError), match="sparse|layout"):
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [
+        (lambda t: t.to_sparse(), "torch.sparse_coo"),
+        (lambda t: torch.nested.nested_tensor([t, t[:2]]), "nested"),
+    ],
+)
+def test_parameters_of_another_layout(cls, make, layout):
+    p = make(torch.zeros(3, 3)).requires_grad_()
+    with pytest.raises(TypeError, match=f"parameter 0 of group 0: layout {layout}; dense"):
         cls([p])
 
 
