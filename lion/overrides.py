@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,11 +85,15 @@ class GlobalOptimManager:
         Raises:
             TypeError: If an item is neither.
         """
-        if not isinstance(params, Iterable):
+        if not isinstance(params, Iterable) or isinstance(params, Tensor):
             raise TypeError(f"Invalid params: {type(params).__name__}; expected tensors or parameter groups")
         for item in params:
             members = item.get("params") if isinstance(item, dict) else item
-            for p in members if isinstance(members, (list, tuple)) else [members]:
+            if isinstance(members, Iterator):
+                raise TypeError(f"Invalid params: a {type(members).__name__}, which a look at it uses up; give a list")
+            if isinstance(members, Tensor) or not isinstance(members, Iterable):
+                members = [members]
+            for p in members:
                 _check_tensor("params", p)
 
     def override_config(
