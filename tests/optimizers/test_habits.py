@@ -150,7 +150,6 @@ def test_manager_refuses_other_types() -> None:
     for call in (
         lambda: manager.register_parameters([{"x": 1}]),
         lambda: manager.register_parameters(module),
-        lambda: manager.register_parameters(module.weight),
         lambda: manager.register_module_override(module, "weight", 5),
         lambda: manager.override_config(module.weight, key_value_dict=5),
     ):

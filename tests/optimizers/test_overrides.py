@@ -124,6 +124,14 @@ def test_registered_groups(manager):
             by_hand.check(p, optimizer)
 
 
+def test_a_single_registered_tensor(manager):
+    embedding = nn.Embedding(100, 80)
+    manager.override_config(embedding.weight, "optim_bits", 32)
+    manager.register_parameters(embedding.weight)
+    optimizer = lion.Lion8bit(embedding.parameters())
+    check_steps(optimizer, {embedding.weight: ByHand(embedding.weight, 32)}, 2)
+
+
 def test_registered_groups_are_still_whole(manager):
     """What can be looked at once only is refused: the optimizer would get a group without parameters, unseen."""
     model = nn.Linear(80, 80)
