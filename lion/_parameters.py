@@ -26,8 +26,8 @@ def check_parameter(p: Tensor, name: str) -> None:
     if torch.nn.parameter.is_lazy(p):
         # A lazy module gives it a dtype and a shape in its first forward pass, without which it has no gradient.
         return
-    if p.layout != torch.strided:
-        raise TypeError(f"Invalid {name}: layout {p.layout}; dense tensors are supported")
+    if addresses.layout(p) != torch.strided:
+        raise TypeError(f"Invalid {name}: layout {addresses.layout(p)}; dense tensors are supported")
     if sharding.is_dtensor(p) and any(placement.is_partial() for placement in p.placements):
         raise TypeError(f"Invalid {name}: its placements are {p.placements}; sharded and replicated ones are supported")
     if p.dtype not in DTYPES:
@@ -60,8 +60,8 @@ def check_weights(p: Tensor, options: Mapping[str, Any], name: str) -> None:
 def check_gradient(p: Tensor, grad: Tensor, name: str) -> None:
     """Raise unless a parameter can be updated by its gradient."""
     check_parameter(p, name)
-    if grad.layout != torch.strided:
-        raise TypeError(f"Invalid gradient of {name}: layout {grad.layout}; dense tensors are supported")
+    if addresses.layout(grad) != torch.strided:
+        raise TypeError(f"Invalid gradient of {name}: layout {addresses.layout(grad)}; dense tensors are supported")
     if sharding.is_dtensor(grad) != sharding.is_dtensor(p):
         raise TypeError(
             f"Invalid gradient of {name}: {type(grad).__name__}; a DTensor is needed where the parameter is one"

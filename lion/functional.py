@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo
 
 from lion import _dynamic_map, reference
 from lion._backends import DTYPES, for_device
-from lion._memory.addresses import unaddressable
+from lion._memory.addresses import layout, unaddressable
 from lion._options import flag, integer, shown
 
 BLOCK_SIZES = tuple(2**i for i in range(6, 17))
@@ -223,8 +223,8 @@ def _sqrt(squared: Tensor) -> Tensor:
 
 
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-        found = f"{tensor.layout} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
+    if not isinstance(tensor, Tensor) or layout(tensor) != torch.strided or tensor.is_meta:
+        found = f"{layout(tensor)} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"Invalid {name}: {found}; a dense tensor is needed")
     if tensor.dtype not in allowed:
         raise TypeError(f"Invalid {name}: {tensor.dtype}; {', '.join(map(str, allowed))} allowed")
@@ -237,7 +237,10 @@ def _check_buffer(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
         found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"Invalid {name}: {found}; a tensor of {dtype} is needed")
-    if tuple(tensor.shape) != shape or tensor.device != device or not tensor.is_contiguous() or tensor.is_neg():
+    # A nested tensor has no shape.
+    if layout(tensor) == torch.strided and (
+        tuple(tensor.shape) != shape or tensor.device != device or not tensor.is_contiguous() or tensor.is_neg()
+    ):
         raise ValueError(
             f"Invalid {name}: shape {tuple(tensor.shape)} on {tensor.device}; "
             f"contiguous of shape {shape} on {device} is needed"

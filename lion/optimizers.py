@@ -379,7 +379,12 @@ class Lion(Optimizer):
 
 def _check_no_model(params: object) -> None:
     """Raise if a model, or its method, was given instead of its parameters."""
-    if isinstance(params, nn.Module) or (callable(params) and not isinstance(params, Iterable)):
+    if isinstance(params, Iterable):
+        # A ParameterList is a module, but also a list of parameters.
+        wrong = isinstance(params, nn.Module) and not all(isinstance(item, Tensor) for item in params)
+    else:
+        wrong = isinstance(params, nn.Module) or callable(params)
+    if wrong:
         raise TypeError(f"Invalid params: {type(params).__name__}; pass model.parameters()")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,22 +74,26 @@ class GlobalOptimManager:
         self._modules: list[tuple[weakref.ref[nn.Module], str, dict[str, Any]]] = []
         self.version = object()
 
-    def register_parameters(self, params: Iterable[Tensor] | Iterable[dict[str, Any]]) -> None:
+    def register_parameters(self, params: Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]) -> None:
         """Accept parameters or parameter groups, as upstream asks for before a model moves to a GPU.
 
         Overrides follow the parameter object here, so registering is not needed; the argument is only checked.
 
         Args:
-            params: Tensors, or dictionaries with the key ``params``.
+            params: One tensor or several, or dictionaries with the key ``params``.
 
         Raises:
             TypeError: If an item is neither.
         """
         if not isinstance(params, Iterable):
             raise TypeError(f"Invalid params: {type(params).__name__}; expected tensors or parameter groups")
-        for item in params:
+        for item in [params] if isinstance(params, Tensor) else params:
             members = item.get("params") if isinstance(item, dict) else item
-            for p in members if isinstance(members, (list, tuple)) else [members]:
+            if isinstance(members, Iterator):
+                raise TypeError(f"Invalid params: a {type(members).__name__}, which a look at it uses up; give a list")
+            if isinstance(members, Tensor) or not isinstance(members, Iterable):
+                members = [members]
+            for p in members:
                 _check_tensor("params", p)
 
     def override_config(

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def layout(tensor: Tensor) -> torch.layout | str:
+    """Return the layout of a tensor, "nested" where torch calls a list of tensors strided."""
+    return "nested" if tensor.is_nested else tensor.layout
+
+
 def unaddressable(tensor: Tensor) -> str | None:
     """Return why a kernel cannot be given the address of a tensor's memory, as the end of an error; None if it can.
 
@@ -17,8 +22,8 @@ def unaddressable(tensor: Tensor) -> str | None:
         tensor: Any tensor; of a DTensor, its local shard.
     """
     kind = type(tensor).__name__
-    if tensor.layout != torch.strided or tensor.is_nested:
-        return f"its layout is {'nested' if tensor.is_nested else tensor.layout}; dense tensors are supported"
+    if layout(tensor) != torch.strided:
+        return f"its layout is {layout(tensor)}; dense tensors are supported"
     if torch.nn.parameter.is_lazy(tensor):
         return f"it is an {kind}, which has no shape yet"
     if torch._is_functional_tensor(tensor):

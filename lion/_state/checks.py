@@ -10,13 +10,14 @@ from torch import Tensor
 
 from lion import _dynamic_map, reference
 from lion._memory import sharding
-from lion._memory.addresses import unaddressable
+from lion._memory.addresses import layout, unaddressable
 from lion._options import Kind
 from lion._state.layout import OWN_KEYS, State, absmax_shapes, foreign, is_permuted, kind_in
 from lion._state.master import BITS
 
 _ROWS = ("absmax1", "max1", "new_max1")
 _GATHERED = ". It was gathered from shards: 8-bit state has to be converted before that (lion.exchange.to_exp_avg)"
+_LEFT_OUT = "; a flattened state dict loses it where the optimizer that loads has other optim_bits or block_wise"
 
 
 def check(state: State, p: Tensor, name: str) -> None:
@@ -63,7 +64,7 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
     own = {key: value for key, value in state.items() if key in OWN_KEYS}
     for key, value in own.items():
         if not is_dense(value):
-            found = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            found = f"{layout(value)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"Invalid state of {name}: {key!r} must be a dense tensor, not {found}")
         if sharding.is_dtensor(value):
             raise ValueError(
@@ -94,7 +95,8 @@ def check_contents(state: Mapping[str, Any], p: Tensor, name: str, block_size: i
         expected["master_low"] = (low_dtype if low_dtype in BITS else torch.int16, tuple(p.shape))
     for key, (dtype, shape) in expected.items():
         if key not in state:
-            raise ValueError(f"Invalid state of {name}: the key {key!r} is missing")
+            why = _LEFT_OUT if key in ("qmap1", *_ROWS) else ""
+            raise ValueError(f"Invalid state of {name}: the key {key!r} is missing{why}")
         value = state[key]
         if value.dtype != dtype or tuple(value.shape) != shape:
             raise ValueError(
@@ -132,4 +134,4 @@ def check_sharded(state: State, name: str) -> None:
 
 
 def is_dense(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return isinstance(value, Tensor) and layout(value) == torch.strided and not value.is_meta

@@ -15,7 +15,7 @@ from lion._memory.sharding import PER_ELEMENT
 from lion._options import Kind, shown
 from lion._state.adapting import adapted, momentum
 from lion._state.checks import check_contents, check_memory, check_sharded, is_dense, is_zero
-from lion._state.layout import Form, State, foreign, is_unused, kind_in
+from lion._state.layout import OWN_KEYS, Form, State, foreign, is_unused, kind_in
 from lion._state.master import from_communication
 
 NESTED_KEY = "__bnb_optimizer_quant_state__"
@@ -135,6 +135,10 @@ def _flattened(saved: object, name: str) -> State:
     if not isinstance(nested, Mapping):
         raise ValueError(f"Invalid state of {name}: {NESTED_KEY!r} must be a dict, not {type(nested).__name__}")
     flat.update(nested)
+    lacking = [key for key in OWN_KEYS if isinstance(flat.get(key), Mapping) and not flat[key]]
+    # In the place of what a flattened state dict lacks, torch puts an empty dict.
+    for key in lacking:
+        del flat[key]
     flat = from_communication(flat)
     step = flat.get("step")
     if isinstance(step, (int, float)):

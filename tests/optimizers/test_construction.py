@@ -276,16 +276,31 @@ def test_is_paged_at_its_place_in_bitsandbytes(cls, place):
         cls(*given)
 
 
-MODELS = [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2).parameters]
+MODELS = [
+    nn.Linear(2, 2),
+    nn.Sequential(nn.Linear(2, 2)),
+    nn.ParameterDict({"a": torch.zeros(2)}),
+    nn.Linear(2, 2).parameters,
+]
 
 
 @every_class
-@pytest.mark.parametrize("model", MODELS, ids=["module", "iterable module", "method"])
+@pytest.mark.parametrize("model", MODELS, ids=["module", "iterable module", "dict", "method"])
 def test_a_model_instead_of_its_parameters(cls, model):
     name = type(model).__name__
     for params in (model, [{"params": model}]):
         with pytest.raises(TypeError, match=rf"Invalid params: {name}; pass model.parameters\(\)"):
             cls(params)
+
+
+@every_class
+def test_a_list_of_parameters_that_is_a_module(cls):
+    params = nn.ParameterList([parameter(3), parameter(2)])
+    for given in (params, [{"params": params}]):
+        optimizer = cls(given)
+        assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, params))
+    optimizer.add_param_group({"params": nn.ParameterList([parameter(4)])})
+    assert len(optimizer.param_groups[1]["params"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -355,9 +370,16 @@ def test_unsupported_dtype(cls, dtype):
 
 
 @every_class
-def test_sparse_parameter(cls):
-    p = torch.zeros(3, 3).to_sparse().requires_grad_()
-    with pytest.raises((TypeError, ValueError), match="sparse|layout"):
+@pytest.mark.parametrize(
+    ("make", "layout"),
+    [
+        (lambda t: t.to_sparse(), "torch.sparse_coo"),
+        (lambda t: torch.nested.nested_tensor([t, t[:2]]), "nested"),
+    ],
+)
+def test_parameters_of_another_layout(cls, make, layout):
+    p = make(torch.zeros(3, 3)).requires_grad_()
+    with pytest.raises(TypeError, match=f"parameter 0 of group 0: layout {layout}; dense"):
         cls([p])
 
 

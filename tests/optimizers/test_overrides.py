@@ -124,6 +124,27 @@ def test_registered_groups(manager):
             by_hand.check(p, optimizer)
 
 
+def test_a_single_registered_tensor(manager):
+    embedding = nn.Embedding(100, 80)
+    manager.override_config(embedding.weight, "optim_bits", 32)
+    manager.register_parameters(embedding.weight)
+    optimizer = lion.Lion8bit(embedding.parameters())
+    check_steps(optimizer, {embedding.weight: ByHand(embedding.weight, 32)}, 2)
+
+
+def test_registered_groups_are_still_whole(manager):
+    """What can be looked at once only is refused: the optimizer would get a group without parameters, unseen."""
+    model = nn.Linear(80, 80)
+    for members in (list(model.parameters()), nn.ParameterList(model.parameters()), {"weight": model.weight}.values()):
+        groups = [{"params": members}]
+        manager.register_parameters(groups)
+        assert lion.Lion(groups).param_groups[0]["params"]
+    groups = [{"params": model.parameters()}]
+    with pytest.raises(TypeError, match="a generator, which a look at it uses up; give a list"):
+        manager.register_parameters(groups)
+    assert len(lion.Lion(groups).param_groups[0]["params"]) == 2
+
+
 @pytest.mark.parametrize("bits", [8, 32])
 def test_override_after_steps_converts_the_state(manager, bits):
     params = [parameter(5000, seed=i) for i in range(2)]

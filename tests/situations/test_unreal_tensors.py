@@ -76,6 +76,7 @@ STANDING_FOR: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "wrapper with an offset": (lambda t: Wrapper(t, 2), "Wrapper|end of its memory"),
     "freed": (shortened, "end of its memory"),
     "sparse": (lambda t: t.reshape(-1).to_sparse(), "sparse"),
+    "nested": (lambda t: torch.nested.nested_tensor([t.reshape(-1), t.reshape(-1)[:2]]), "nested"),
 }
 
 
