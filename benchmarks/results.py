@@ -5,6 +5,7 @@ In a page, ``<!-- results: NAME -->`` begins a block and ``<!-- end -->`` ends i
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -192,6 +193,7 @@ def trainings(name: str) -> dict[str, str]:
     return found
 
 
+@functools.cache
 def blocks() -> dict[str, str]:
     """Return what the pages show of the stored results, by the names in their comments."""
     found = {
