@@ -52,11 +52,11 @@ HELD_OUT_BATCHES = 8
 EVALUATIONS = 20
 MEBI = 1 << 20
 
-# The rates are the best of a search with the same model on fewer steps, `python -m benchmarks.training tiny`. Lion's
+# The rates are the best of a search with the same model, `python -m benchmarks.training tiny`. Lion's
 # steps all have the same size, so it wants a smaller rate than AdamW, and as much more weight decay: the product of
 # both is the same for all.
 _DECAY = 2e-4
-_ADAMW_RATE, _LION_RATE = 2e-3, 1e-3
+_ADAMW_RATE, _LION_RATE = 4e-3, 1e-3
 _ADAMW: dict[str, Any] = {"lr": _ADAMW_RATE, "weight_decay": _DECAY / _ADAMW_RATE, "betas": (0.9, 0.99), "fused": True}
 _LION: dict[str, Any] = {"lr": _LION_RATE, "weight_decay": _DECAY / _LION_RATE, "betas": (0.9, 0.99)}
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
