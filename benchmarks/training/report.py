@@ -182,21 +182,15 @@ def results_table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
     return [headings[i] for i in known], [[line[i] for i in known] for line in cells]
 
 
-def differences_table(found: list[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and cells: each contestant's loss against those of the baselines."""
-    by_name = {row.contestant.name: row for row in found}
-    headings, cells = [""], [[row.title] for row in found]
-    for name in BASELINES:
-        if name not in by_name:
-            continue
-        headings += [f"against {by_name[name].title}", "p", ""]
-        for row, line in zip(found, cells, strict=True):
-            told = difference(row, by_name[name]) if row is not by_name[name] else None
-            if told is None:
-                line += ["", "", ""]
-            else:
-                line += [f"{told.mean:+.4f} ({told.low:+.4f} to {told.high:+.4f})", f"{told.p:.2g}", told.verdict]
-    return headings, cells
+def differences_table(found: list[Row], baseline: Row) -> tuple[list[str], list[list[str]]]:
+    """Return headings and cells: each contestant's loss less that of another."""
+    cells = []
+    for row in found:
+        told = difference(row, baseline) if row is not baseline else None
+        if told is not None:
+            interval = f"{told.low:+.4f} to {told.high:+.4f}"
+            cells.append([row.title, f"{told.mean:+.4f}", interval, f"{told.p:.2g}", told.verdict])
+    return ["", "difference", "95% interval", "p", "verdict"], cells
 
 
 def search_table(store: Store, batch_size: int) -> tuple[list[str], list[list[str]]]:
@@ -227,7 +221,9 @@ def tables(store: Store) -> list[tuple[str, list[str], list[list[str]]]]:
         results, size = rows(store, batch_size), f"batch of {batch_size}"
         trained = [row for row in results if row.losses]
         found.append((f"Results, {size}", *results_table(results)))
-        found.append((f"Differences of the held-out loss on the same seeds, {size}", *differences_table(trained)))
+        for baseline in (row for row in trained if row.contestant.name in BASELINES):
+            title = f"Held-out loss less that of {baseline.title}, {size}"
+            found.append((title, *differences_table(trained, baseline)))
         found.append((f"Search for the rate, {size}", *search_table(store, batch_size)))
     return [(name, headings, cells) for name, headings, cells in found if cells and len(headings) > 1]
 

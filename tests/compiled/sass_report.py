@@ -143,7 +143,7 @@ def _print_halves(sectors: dict[tuple[str, str, int, bool], list[int]]) -> None:
 
 
 def _print_buckets() -> None:
-    print("| kernel | dtype | gradients are multiples of | instructions | registers | loads | stores |")
+    print("| kernel | dtype | aligned to | instructions | registers | loads | stores |")
     print("| --- | --- | --- | ---: | ---: | --- | --- |")
     for name in launch.UPDATES:
         for dtype, alignments in (("float32", (16, 8, 4)), ("bfloat16", (16, 8, 4, 2))):
@@ -154,7 +154,7 @@ def _print_buckets() -> None:
 
 
 def _print_variants() -> None:
-    print("| kernel | dtype | variant | instructions | registers | spills | loads before the arithmetic |")
+    print("| kernel | dtype | variant | instructions | registers | spills | loads first |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
     for name in ("update_32bit", "update_8bit_blockwise"):
         for dtype in ("float32", "bfloat16"):
