@@ -126,8 +126,9 @@ def paths() -> str:
 
 
 def markdown(headings: list[str], cells: list[list[str]]) -> str:
-    """Return a table, its first column to the left and the others to the right."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *cells]
+    """Return a table, its columns of numbers to the right: all but the first, and what has commas between words."""
+    words = [number == 0 or any(", " in line[number] for line in cells) for number in range(len(headings))]
+    lines = [headings, ["---" if left else "---:" for left in words], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

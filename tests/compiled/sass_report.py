@@ -154,7 +154,7 @@ def _print_buckets() -> None:
 
 
 def _print_variants() -> None:
-    print("| kernel | dtype | variant | instructions | registers | spills | loads first |")
+    print("| kernel | dtype | variant | instr. | regs | spills | loads first |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
     for name in ("update_32bit", "update_8bit_blockwise"):
         for dtype in ("float32", "bfloat16"):
@@ -163,7 +163,7 @@ def _print_variants() -> None:
                     continue
                 counts = row(building.Kernel(name, dtype, tuning=tuning), (9, 0))
                 loads = sum(int(part.split("×")[0]) for part in counts.loads.split())
-                first = f"{counts.loads_first} of {loads}" if not tuning.ahead else "all, a turn before"
+                first = f"{counts.loads_first} of {loads}" if not tuning.ahead else "a turn ahead"
                 numbers = [f"{counts.instructions:.1f}", str(counts.registers), str(counts.spill_bytes), first]
                 print("| " + " | ".join([f"`{name}`", dtype, title, *numbers]) + " |", flush=True)
 
