@@ -194,6 +194,8 @@ def _in_words(result: dict[str, Any]) -> str:
     """Return what is in a part's JSON in a few words."""
     if "difference" in result:
         return result["difference"] or f"{sum(r['values'] for r in result['results']):,} values are the reference's"
+    if "settings" in result:
+        return f"{len(result['runs'])} trainings"
     if "runs" in result:
         skipped = f"; not measured: {', '.join(result['skipped'])}" if result["skipped"] else ""
         return f"{sum(len(run['rows']) for run in result['runs'])} timings{skipped}"

@@ -40,6 +40,8 @@ def _measurement(name: str, title: str, seconds: int) -> Part:
 _BENCHMARK = ["-m", "benchmarks", "--no-picture", "--out", "{folder}"]
 _ON_GPU = [*_BENCHMARK, "--device", "cuda", "--workloads", "one", "gpt2", "many"]
 _PEERS = ["--only", "bitsandbytes", "torch fused AdamW", "flashoptim"]
+_MEASURED = ["--out", "{folder}", "--kinds", "memory", "time"]
+_TRAINED = ["AdamW", "AdamW, bf16", "Lion8bit", "Lion8bit, bf16 + 24 bits"]
 _SMALL = ["--sizes", "600", "--dtypes", "bfloat16", "--threads", "1", "--rounds", "1"]
 
 PARTS = (
@@ -55,5 +57,13 @@ PARTS = (
     Part("benchmark", 120, [*_ON_GPU, *_PEERS], "benchmark.json", [*_BENCHMARK, *_SMALL, "--only", "fused"]),
     # Apart from the others, for it compiles for long.
     Part("benchmark of torchao", 60, [*_ON_GPU, "--only", "torchao"], "benchmark.json", modules=("torchao",)),
-    # The place of a training: last, where it takes the time that the others leave.
+    # Last, where it takes the time that the others leave.
+    Part(
+        "training",
+        150,
+        ["-m", "benchmarks.training", "gpt2", *_MEASURED, "--device", "cuda", "--contestants", *_TRAINED],
+        "training.json",
+        ["-m", "benchmarks.training", "tiny", *_MEASURED, "--contestants", "Lion8bit"],
+        modules=("matplotlib", "scipy"),
+    ),
 )

@@ -41,10 +41,21 @@ def _rows(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         share = f"{row['share_of_copy']:.1%}" if "share_of_copy" in row else ""
         yield row["what"], *_times(row["ms"], 1), share, "", row.get("bits", "")
     for run in result.get("runs", []):
+        if "job" in run:  # a training
+            yield from _measured(run["job"]["contestant"], run["job"]["kind"], run["result"])
+            continue
         for name, row in run["rows"].items():
             times = _times(row["nanoseconds_per_parameter"], run["elements"] / 1e6)
             what = f"{run['workload']}, {run['dtype']}: {name}"
             yield what, *times, f"{row['share_of_bound']:.1%}", f"{row['times_ours']:.2f}", ""
+
+
+def _measured(contestant: str, kind: str, result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Return the cells of what was measured of a training: its peak of memory, or a step."""
+    if kind == "memory" and result["peak"] is not None:
+        yield f"{contestant}: peak of {result['peak'] / (1 << 20):.0f} MiB", "", "", "", "", ""
+    elif kind == "time":
+        yield f"{contestant}: a training step", f"{1e3 * result['step_seconds']:.4g}", "", "", "", ""
 
 
 def _times(times: dict[str, float], factor: float) -> tuple[str, str]:
