@@ -300,12 +300,12 @@ def test_mistakes_are_told_in_a_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_task_of_ones_own_is_made_from_the_page_alone(
+def test_your_task_is_made_from_the_page_alone(
     run: Callable[..., int], one_process: list[Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     text = PAGE.read_text(encoding="utf-8").partition("## Your model")[2]
     source = re.search(r"```python\n(.*?)```", text, re.DOTALL)
-    line = re.search(r"\$ python -m benchmarks.training (my_module:my_task .*)", text)
+    line = re.search(r"\$ python -m benchmarks.training (my_module:my_task .*)", text.replace("\\\n", " "))
     assert source and line
     (tmp_path / "my_module.py").write_text(source[1])
     monkeypatch.syspath_prepend(tmp_path)
