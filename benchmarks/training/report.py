@@ -222,8 +222,8 @@ def tables(store: Store) -> list[tuple[str, list[str], list[list[str]]]]:
         trained = [row for row in results if row.losses]
         found.append((f"Results, {size}", *results_table(results)))
         for baseline in (row for row in trained if row.contestant.name in BASELINES):
-            title = f"Held-out loss less that of {baseline.title}, {size}"
-            found.append((title, *differences_table(trained, baseline)))
+            heading = f"Held-out loss less that of {baseline.title}, {size}"
+            found.append((heading, *differences_table(trained, baseline)))
         found.append((f"Search for the rate, {size}", *search_table(store, batch_size)))
     return [(name, headings, cells) for name, headings, cells in found if cells and len(headings) > 1]
 

@@ -147,10 +147,7 @@ def hits(
     ax.set_xticks(range(len(columns)), [name.replace(" ", "\n", 1) for name in columns])
     ax.set_yticks(range(len(rows)), rows)
     ax.set(xlim=(-0.55, len(columns) - 0.45), ylim=(len(rows) - 0.5, -0.5))
-    ax.grid(False)
-    ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    _without_frame(ax)
 
 
 def lanes(ax: Axes, elements: npt.NDArray[Any], width: int, title: str) -> None:
@@ -210,6 +207,10 @@ def levels(
     ax.set_yticks([row + 0.21 for row in range(len(rows))], list(rows))
     ax.set_xticks([])
     ax.set(xlim=(-0.01, 1.01), ylim=(len(rows) - 0.3, -0.1))
+    _without_frame(ax)
+
+
+def _without_frame(ax: Axes) -> None:
     ax.grid(False)
     ax.tick_params(length=0)
     for spine in ax.spines.values():
@@ -249,7 +250,4 @@ def bits(ax: Axes, rows: Mapping[str, Sequence[str]]) -> None:
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_xticks([])
     ax.set(xlim=(-0.6, 31.6), ylim=(len(rows) - 0.5, -0.5))
-    ax.grid(False)
-    ax.tick_params(length=0)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
+    _without_frame(ax)
