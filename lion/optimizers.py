@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, overload
 
 import torch
@@ -29,6 +30,7 @@ from lion._state import converted, for_communication, form_of, placed, python_nu
 from lion.overrides import GlobalOptimManager
 
 _KEPT_PLANS = 4
+_grad = attrgetter("grad")
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -342,28 +344,33 @@ class Lion(Optimizer):
         manager, groups = GlobalOptimManager.get_instance(), self.param_groups
         for number, group in enumerate(groups):
             check_algorithm(group, number)
-        members = [[p for p in group["params"] if p.grad is not None] for group in groups]
-        params = [p for some in members for p in some]
-        options = [
-            (len(group["params"]), len(some), *map(group.get, STATE_OPTIONS))
-            for group, some in zip(groups, members, strict=True)
-        ]
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        options = []
+        for group in groups:
+            own = group["params"]
+            places = list(map(_grad, own))
+            present = [grad for grad in places if grad is not None]
+            all_present = len(present) == len(own)
+            params += own if all_present else [p for p, grad in zip(own, places, strict=True) if grad is not None]
+            grads += present
+            options.append((len(own), len(present), *map(group.get, STATE_OPTIONS)))
         signature = (manager.version, paging.forks(), options)
         # Before anything that one process may do and another not: it may have to gather.
-        shards = sharding.local_gradients(params)
+        shards = sharding.local_gradients(params, grads)
         for plan in self._plans:
             # An option that cannot be compared raises whatever it likes, a tensor without memory RuntimeError, a state
             # without a key KeyError: a new plan says it better.
             try:
                 if plan.fits(params, signature):
-                    prepared = plan.prepared(groups, params, self.state, shards)
+                    prepared = plan.prepared(groups, params, shards, self.state)
                     self._keep(plan)
                     return plan, prepared
             except Exception:
                 self._plans = tuple(kept for kept in self._plans if kept is not plan)
         plan = Plan(groups, self.state, manager.lookup(), signature, self._first_number)
         try:
-            prepared = plan.prepared(groups, params, self.state, shards)
+            prepared = plan.prepared(groups, params, shards, self.state)
         except StaleBatch:
             raise ValueError(
                 "Invalid step: copies of its parameters or gradients have no memory, as under torch's FakeTensorMode"

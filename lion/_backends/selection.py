@@ -45,12 +45,16 @@ def for_device(device: torch.device) -> Backend:
     Raises:
         ValueError: If none does.
     """
+    return _serving(_requested or os.environ.get("LION_BACKEND") or device.type, device)
+
+
+@lru_cache
+def _serving(name: str, device: torch.device) -> Backend:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"Unsupported device: {device}; cpu and cuda tensors are supported")
-    name = _requested or _checked_name(os.environ.get("LION_BACKEND") or device.type)
-    if device.type == "cuda" and name != "cuda":
+    if device.type == "cuda" and _checked_name(name) != "cuda":
         raise ValueError(f"Invalid backend: {name!r} does not serve tensors on {device}; 'cuda' does")
-    return _make(name, device.type == "cpu")
+    return _make(_checked_name(name), device.type == "cpu")
 
 
 @lru_cache
