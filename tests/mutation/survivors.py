@@ -438,14 +438,14 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "self.dtype = params[ -1].dtype",
         ),
         (
-            "if key in states[0]:",
+            "keys = [key for key in _ROWS if key in states[0]]",
             "all are alike",
-            "if key in states[ -1]:",
+            "keys = [key for key in _ROWS if key in states[ -1]]",
         ),
         (
-            "self.table = np.zeros((8, len(params)), np.int64)",
+            "self.table = np.zeros((11, len(params)), np.int64)",
             "a row that nobody reads",
-            "self.table = np.zeros(( 9, len(params)), np.int64)",
+            "self.table = np.zeros(( 12, len(params)), np.int64)",
         ),
     ),
     "lion/_backends/cpu.py": (
@@ -472,14 +472,14 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "lion/_backends/selection.py": (
         (
-            'return _make(name, device.type == "cpu")',
+            'return _make(_checked_name(name), device.type == "cpu")',
             "a GPU or the simulator can tell",
-            'return _make(name, device.type != "cpu")',
+            'return _make(_checked_name(name), device.type != "cpu")',
         ),
         (
-            'if device.type == "cuda" and name != "cuda":',
+            'if device.type == "cuda" and _checked_name(name) != "cuda":',
             "a GPU or the simulator can tell",
-            'if device.type == "cuda" and name == "cuda":',
+            'if device.type == "cuda" and _checked_name(name) == "cuda":',
         ),
     ),
     "lion/_memory/sharding.py": (
@@ -541,10 +541,10 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "turns[memory.data_ptr()] += 2",
         ),
         (
-            'paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else 0',
+            "paged_bytes += sum(sharding.local(tensor).nbytes for tensor in large) if form.paged else 0",
             "how much one call updates: speed and memory only",
-            'paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else 1',
-            'paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else -1',
+            "paged_bytes += sum(sharding.local(tensor).nbytes for tensor in large) if form.paged else 1",
+            "paged_bytes += sum(sharding.local(tensor).nbytes for tensor in large) if form.paged else -1",
         ),
         (
             "mine = [(batch, step) for batch, step in prepared if id(batch.params[0]) in places]",
