@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lion import reference
-from lion._backends import Batch, LossScale, StaleBatch, StepCoefficients, Weights, for_device
+from lion._backends import Backend, Batch, LossScale, StaleBatch, StepCoefficients, Weights, for_device
 from lion._memory import sharding
 from lion._options import HYPERPARAMETERS, check_group, check_value, rate_on_host
 from lion._parameters import Group, check_gradient, check_weights, parameter_name
@@ -20,7 +20,15 @@ from lion._state import Form, State, adapted, form_of, put, rounding_seed_of
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Prepared = list[tuple[Batch, StepCoefficients]]
+
+class Launch(NamedTuple):
+    """A batch with the tensors of a step, the numbers of the step, and who computes it."""
+
+    batch: Batch
+    step: StepCoefficients
+    backend: Backend
+
+
 # A mesh, and the dimensions of it that a parameter is sharded over.
 _Shards: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]]"
 
@@ -46,6 +54,7 @@ class _Part(NamedTuple):
     """A batch of the plan, with the places of its parameters among all that have a gradient, and of their states."""
 
     batch: Batch
+    backend: Backend
     members: list[int]
     states: list[int]
     group: int
@@ -137,7 +146,7 @@ class Plan:
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Mapping[Tensor, State],
-    ) -> Prepared:
+    ) -> list[Launch]:
         """Return the batches with this step's tensors and coefficients.
 
         Args:
@@ -155,7 +164,7 @@ class Plan:
         if list(map(id, states))[: len(self._order)] != self._order:
             raise StaleBatch
         entries = list(states.values())
-        prepared = []
+        prepared: list[Launch] = []
         seeded = any(part.batch.weights.seed is not None for part in self._parts)
         numbers = self._numbers(groups, params) if seeded else []
         try:
@@ -164,10 +173,10 @@ class Plan:
                 own_states = list(map(entries.__getitem__, part.states))
                 own_numbers = list(map(numbers.__getitem__, part.members)) if numbers else None
                 part.batch.take(own, own_grads, own_states, own_numbers)
-                prepared.append((part.batch, step))
+                prepared.append(Launch(part.batch, step, part.backend))
         except BaseException:
-            for batch, _ in prepared:
-                batch.release()
+            for launch in prepared:
+                launch.batch.release()
             raise
         return prepared
 
@@ -177,7 +186,7 @@ class Plan:
         numbers = {id(p): number for number, p in enumerate(everything, self._first_number)}
         return [numbers[id(p)] for p in params]
 
-    def sum_norms(self, prepared: Prepared, loss_scale: LossScale) -> None:
+    def sum_norms(self, prepared: Sequence[Launch], loss_scale: LossScale) -> None:
         """Bring to the batches the norms of the gradients whose shards other processes have, too.
 
         Every process that takes part in a step has to call it, whatever gradients it has.
@@ -187,28 +196,28 @@ class Plan:
             loss_scale: The scaling of the loss.
         """
         for shards, (device, places) in self._norms.items():
-            mine = [(batch, step) for batch, step in prepared if id(batch.params[0]) in places]
+            mine = [launch for launch in prepared if id(launch.batch.params[0]) in places]
             norms = torch.zeros(len(places), dtype=torch.float64, device=device)
-            for batch, step in mine:
-                squared = for_device(batch.device).squared_norms(batch, step, loss_scale)
+            for batch, step, backend in mine:
+                squared = backend.squared_norms(batch, step, loss_scale)
                 norms[_places(batch, places)] = squared.to(device, torch.float64)
             sums = sharding.sum_over_shards(norms, *shards).float()
-            for batch, _ in mine:
+            for batch, *_ in mine:
                 batch.squared_norms = sums[_places(batch, places)].to(batch.device)
 
-    def changes_nothing(self, groups: Sequence[Group], prepared: Prepared) -> bool:
+    def changes_nothing(self, groups: Sequence[Group], prepared: Sequence[Launch]) -> bool:
         """Return whether all learning rates and all gradients are zero, on every process.
 
         It waits for the devices, except where a learning rate is not zero or a tensor on one of them.
         """
         rates = [group["lr"] for group in groups]
         on_device = any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
-        on_gpu = any(batch.device.type == "cuda" for batch, _ in prepared)
+        on_gpu = any(launch.batch.device.type == "cuda" for launch in prepared)
         if on_device or any(map(bool, rates)) or (on_gpu and torch.cuda.is_current_stream_capturing()):
             return False
         changes = any(
             step.device_lr is not None or step.values.lr != 0 or any(map(Tensor.any, batch.gradients))
-            for batch, step in prepared
+            for batch, step, _ in prepared
         )
         for mesh in self.meshes:
             flag = torch.tensor([changes], dtype=torch.float64, device="cpu")
@@ -271,7 +280,8 @@ def _part(
     grad_dtype, weights = first.p.grad.dtype, Weights(master_bits, first.seed)  # type: ignore[union-attr]
     own = [states[p] for p in params]
     batch = Batch(kind, first.percentile, params, own, in_memory_order, grad_dtype, weights)
-    return _Part(batch, numbers, [places[id(p)] for p in params], first.group, first.override)
+    own_places = [places[id(p)] for p in params]
+    return _Part(batch, for_device(batch.device), numbers, own_places, first.group, first.override)
 
 
 def _places(batch: Batch, places: Mapping[int, int]) -> Tensor:

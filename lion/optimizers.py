@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from lion import _dynamic_map
-from lion._backends import LossScale, StaleBatch, for_device, forgotten_on_error
+from lion._backends import LossScale, StaleBatch, forgotten_on_error, requested
 from lion._memory import paging, sharding
 from lion._options import (
     STATE_OPTIONS,
@@ -25,7 +25,7 @@ from lion._options import (
     warn_of_misspelled,
 )
 from lion._parameters import check_parameter, check_weights, parameter_name
-from lion._plan import Plan, Prepared
+from lion._plan import Launch, Plan
 from lion._state import converted, for_communication, form_of, placed, python_numbers
 from lion.overrides import GlobalOptimManager
 
@@ -217,27 +217,27 @@ class Lion(Optimizer):
         if skips and not any(sharding.is_dtensor(p) for group in self.param_groups for p in group["params"]):
             return loss
         first = not self._stepped
-        plan, batches = self._prepared()
+        plan, launches = self._prepared()
         # Whether a process has gradients must not decide what it does next to others.
-        self._stepped = self._stepped or bool(batches or plan.meshes)
+        self._stepped = self._stepped or bool(launches or plan.meshes)
         try:
-            plan.sum_norms(batches, loss_scale)
+            plan.sum_norms(launches, loss_scale)
             # torch.distributed.checkpoint makes state by a first step of zeros; what follows shall not notice.
-            if not skips and not (first and plan.changes_nothing(self.param_groups, batches)):
-                self._update(batches, loss_scale)
+            if not skips and not (first and plan.changes_nothing(self.param_groups, launches)):
+                self._update(launches, loss_scale)
         finally:
-            for batch, _ in batches:
-                batch.release()
+            for launch in launches:
+                launch.batch.release()
         return loss
 
-    def _update(self, batches: Prepared, loss_scale: LossScale) -> None:
-        params = [batch.params for batch, _ in batches]
+    def _update(self, launches: Sequence[Launch], loss_scale: LossScale) -> None:
+        params = [launch.batch.params for launch in launches]
         done = 0
         try:
             for some in params:
                 torch.autograd.graph.increment_version(some)
-            for batch, coefficients in batches:
-                for_device(batch.device).update(batch, coefficients, loss_scale)
+            for batch, step, backend in launches:
+                backend.update(batch, step, loss_scale)
                 batch.finish()
                 done += 1
         except BaseException as error:
@@ -339,7 +339,7 @@ class Lion(Optimizer):
                     form = form_of(p, {**group, **overrides.get(id(p), {})})
                     self.state[p] = placed(self.state[p], form.paged)
 
-    def _prepared(self) -> tuple[Plan, Prepared]:
+    def _prepared(self) -> tuple[Plan, list[Launch]]:
         """Return the plan of this step and its batches, checked and ready to run."""
         manager, groups = GlobalOptimManager.get_instance(), self.param_groups
         for number, group in enumerate(groups):
@@ -355,7 +355,7 @@ class Lion(Optimizer):
             params += own if all_present else [p for p, grad in zip(own, places, strict=True) if grad is not None]
             grads += present
             options.append((len(own), len(present), *map(group.get, STATE_OPTIONS)))
-        signature = (manager.version, paging.forks(), options)
+        signature = (manager.version, paging.forks(), requested(), options)
         # Before anything that one process may do and another not: it may have to gather.
         shards = sharding.local_gradients(params, grads)
         for plan in self._plans:

@@ -23,6 +23,7 @@ _is_neg = Tensor.is_neg
 _stride: Callable[[Tensor], tuple[int, ...]] = Tensor.stride
 _dtype = attrgetter("dtype")
 _nbytes = attrgetter("nbytes")
+_version = attrgetter("_version")
 _map = itemgetter("qmap1")
 
 # Rows of a batch's table of addresses.
@@ -231,8 +232,7 @@ def _memory(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     return list(map(_data_ptr, tensors)), list(map(_nbytes, tensors))
 
 
-def _versions(states: Sequence[State]) -> dict[int, int]:
+def _versions(states: Sequence[State]) -> tuple[list[int], list[int]]:
     """Return what tells whether the maps of states were replaced or written to; the kernels have them built in."""
     maps = list(map(_map, states))
-    # Most states share one.
-    return {identity: qmap._version for identity, qmap in dict(zip(map(id, maps), maps, strict=True)).items()}
+    return list(map(id, maps)), list(map(_version, maps))

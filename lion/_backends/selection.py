@@ -22,7 +22,7 @@ _requested: str | None = None
 def use_backend(name: str) -> Iterator[None]:
     """Make every optimizer of this process use one implementation while the context lasts.
 
-    The environment variable ``LION_BACKEND`` does the same for a whole process.
+    The environment variable ``LION_BACKEND``, set before the first step, does the same for a whole process.
 
     Args:
         name: ``"cpu"`` or ``"reference"`` for CPU tensors; ``"cuda"`` for CUDA tensors and, with
@@ -39,22 +39,23 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = before
 
 
+def requested() -> str | None:
+    """Return the implementation that :func:`use_backend` asks for now; None if it asks for none."""
+    return _requested
+
+
 def for_device(device: torch.device) -> Backend:
     """Return the implementation that serves tensors of a device.
 
     Raises:
         ValueError: If none does.
     """
-    return _serving(_requested or os.environ.get("LION_BACKEND") or device.type, device)
-
-
-@lru_cache
-def _serving(name: str, device: torch.device) -> Backend:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"Unsupported device: {device}; cpu and cuda tensors are supported")
-    if device.type == "cuda" and _checked_name(name) != "cuda":
+    name = _requested or _checked_name(os.environ.get("LION_BACKEND") or device.type)
+    if device.type == "cuda" and name != "cuda":
         raise ValueError(f"Invalid backend: {name!r} does not serve tensors on {device}; 'cuda' does")
-    return _make(_checked_name(name), device.type == "cpu")
+    return _make(name, device.type == "cpu")
 
 
 @lru_cache

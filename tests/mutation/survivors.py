@@ -472,14 +472,14 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "lion/_backends/selection.py": (
         (
-            'return _make(_checked_name(name), device.type == "cpu")',
+            'return _make(name, device.type == "cpu")',
             "a GPU or the simulator can tell",
-            'return _make(_checked_name(name), device.type != "cpu")',
+            'return _make(name, device.type != "cpu")',
         ),
         (
-            'if device.type == "cuda" and _checked_name(name) != "cuda":',
+            'if device.type == "cuda" and name != "cuda":',
             "a GPU or the simulator can tell",
-            'if device.type == "cuda" and _checked_name(name) == "cuda":',
+            'if device.type == "cuda" and name == "cuda":',
         ),
     ),
     "lion/_memory/sharding.py": (
