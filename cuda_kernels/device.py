@@ -226,8 +226,7 @@ def _add_or_zero_twin(a: Any, b: Any) -> Any:
 @_intrinsic(_u32(_u32, _u32), _add_or_zero_twin)
 def add_or_zero(builder: Any, a: Any, b: Any) -> Any:
     """Return ``a + b`` modulo 2**32, or 0 where that is negative as an int32: one instruction from 9.0 on."""
-    total, zero = builder.add(a, b), ir.Constant(_I32, 0)
-    return builder.select(builder.icmp_signed(">", total, zero), total, zero)
+    return _assembly(builder, "{ .reg .b32 t; add.s32 t, $1, $2; max.s32 $0, t, 0; }", _I32, "=r,r,r", a, b)
 
 
 def _ordered_twin(pattern: Any) -> Any:
