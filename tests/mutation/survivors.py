@@ -589,4 +589,12 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "return int((thresholds <= 0).sum())",
         ),
     ),
+    "lion/_state/master.py": (
+        (
+            "return torch.where((pattern ^ upper) < 0, upper, pattern).view(torch.float32)",
+            "where both are the same, either may be taken",
+            "return torch.where((pattern ^ upper) <= 0, upper, pattern).view(torch.float32)",
+            "return torch.where((pattern ^ upper) < 1, upper, pattern).view(torch.float32)",
+        ),
+    ),
 }
