@@ -17,8 +17,14 @@ Group = Mapping[str, Any]
 
 def parameter_name(group: Group, number: int, index: int) -> str:
     """Return what to call a parameter in an error."""
+    name = own_name(group, index)
+    return f"parameter {index} of group {number}" if name is None else f"parameter {name!r}"
+
+
+def own_name(group: Group, index: int) -> Any:
+    """Return the name that a parameter was given; None without one, or where parameters came or went without theirs."""
     names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}"
+    return names[index] if names and len(names) == len(group["params"]) else None
 
 
 def check_parameter(p: Tensor, name: str) -> None:
