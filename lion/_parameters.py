@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +23,14 @@ def parameter_name(group: Group, number: int, index: int) -> str:
 
 def own_name(group: Group, index: int) -> Any:
     """Return the name that a parameter was given; None without one, or where parameters came or went without theirs."""
+    names = names_of(group)
+    return names[index] if len(names) == len(group["params"]) else None
+
+
+def names_of(group: Group) -> Sequence[Any]:
+    """Return the names of a group's parameters: none where a program has put something else under their key."""
     names = group.get("param_names")
-    return names[index] if names and len(names) == len(group["params"]) else None
+    return names if isinstance(names, (list, tuple)) else ()
 
 
 def check_parameter(p: Tensor, name: str) -> None:
