@@ -8,6 +8,7 @@ import signal
 import sys
 import textwrap
 from io import TextIOWrapper
+from types import ModuleType
 from typing import Any, NoReturn
 
 import lion
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     parsers: dict[str | None, argparse.ArgumentParser] = {None: parser}
     for name, module in COMMANDS.items():
-        doc = (module.__doc__ or "").strip()
+        doc = _purpose(module)
         command = subparsers.add_parser(name, help=doc.splitlines()[0], **_texts(doc, module.EXAMPLES))
         module.add_arguments(command)
         parsers[name] = command
@@ -67,6 +68,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+
+
+def _purpose(module: ModuleType) -> str:
+    """Return what a command is for; its name under ``python -OO``, which takes docstrings away."""
+    return (module.__doc__ or module.__name__.rpartition(".")[2]).strip()
 
 
 def _width() -> int:
@@ -92,7 +98,7 @@ def _usage(parser: argparse.ArgumentParser) -> str:
     """Return the commands, a line each where there is room, and how to learn more."""
     lines = [f"{parser.prog} [--json] [--version] [COMMAND]"]
     for name, module in COMMANDS.items():
-        title = (module.__doc__ or "").splitlines()[0]
+        title = _purpose(module).splitlines()[0]
         lines.append(textwrap.fill(title, _width(), initial_indent=f"  {name:<7}", subsequent_indent=" " * 9))
     lines.append(textwrap.fill(f"{parser.prog} COMMAND --help shows the options of a command.", _width()))
     return "\n".join(lines)

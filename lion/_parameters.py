@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,20 @@ Group = Mapping[str, Any]
 
 def parameter_name(group: Group, number: int, index: int) -> str:
     """Return what to call a parameter in an error."""
+    name = own_name(group, index)
+    return f"parameter {index} of group {number}" if name is None else f"parameter {name!r}"
+
+
+def own_name(group: Group, index: int) -> Any:
+    """Return the name that a parameter was given; None without one, or where parameters came or went without theirs."""
+    names = names_of(group)
+    return names[index] if len(names) == len(group["params"]) else None
+
+
+def names_of(group: Group) -> Sequence[Any]:
+    """Return the names of a group's parameters: none where a program has put something else under their key."""
     names = group.get("param_names")
-    return f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}"
+    return names if isinstance(names, (list, tuple)) else ()
 
 
 def check_parameter(p: Tensor, name: str) -> None:

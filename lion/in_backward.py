@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from lion._memory import objects
 from lion._memory.sharding import is_dtensor
 from lion._options import check_group
-from lion._parameters import parameter_name
+from lion._parameters import own_name, parameter_name
 from lion.optimizers import Lion
 
 _MARK = "_lion_in_backward"
@@ -30,8 +30,9 @@ class StepInBackward:
     together or scaled by a ``GradScaler``. :meth:`Lion.step` may still be called: it steps what has a gradient left,
     such as parameters that were added or unfrozen later, and otherwise does nothing.
 
-    A parameter that ``Module.to`` gives other memory goes on being stepped. It ends with :meth:`remove`, or with a
-    ``with`` block, or with the optimizer.
+    A parameter that ``Module.to`` gives other memory goes on being stepped, and so does one that moves to another group,
+    by the options of that. What is taken out of the optimizer keeps its gradient. It all ends with :meth:`remove`, or
+    with a ``with`` block, or with the optimizer.
 
     Args:
         optimizer: The optimizer; those of its parameters that require a gradient now are stepped in backward.
@@ -48,11 +49,11 @@ class StepInBackward:
         if not isinstance(optimizer, Lion):
             raise TypeError(f"Invalid optimizer: {type(optimizer).__name__}; expected one of this package")
         self._optimizer = optimizer
-        # For each parameter the optimizer that takes its steps, and the number of its group.
-        self._steppers: dict[Tensor, tuple[Lion, int]] = {}
+        # For each parameter the optimizer that takes its steps.
+        self._steppers: dict[Tensor, Lion] = {}
+        # The number of its group and its place in it when it was last stepped.
+        self._places: dict[Tensor, tuple[int, int]] = {}
         processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-        params = (p for group in optimizer.param_groups for p in group["params"])
-        numbers = {p: place for place, p in enumerate(params)}
         for number, group in enumerate(optimizer.param_groups):
             for index, p in enumerate(group["params"]):
                 if not (p.requires_grad and p.is_leaf):
@@ -70,12 +71,10 @@ class StepInBackward:
                         "its own gradient"
                     )
                 stepper = Lion([p])
-                stepper._first_number = numbers[p]
                 # A first step of zeros counts: other parameters may have gradients.
                 stepper._stepped = True
-                names = group.get("param_names")
-                stepper.param_groups[0]["param_names"] = [names[index] if names else f"{index} of group {number}"]
-                self._steppers[p] = stepper, number
+                self._steppers[p] = stepper
+                self._places[p] = number, index
         # torch does not show a hook to the garbage collector: one that held the optimizer would keep it forever.
         owner = weakref.ref(self)
         optimizer._in_backward = self
@@ -103,12 +102,20 @@ class StepInBackward:
         self._marks[p] = objects.mark(p, _MARK, lost)
 
     def _step(self, p: Tensor) -> None:
-        stepper, number = self._steppers[p]
-        states = self._optimizer.state
+        place = self._place(p)
+        if place is None:
+            # The optimizer has it no more: its gradient is left alone, as by the optimizer's own step.
+            return
+        (number, index), stepper = place, self._steppers[p]
+        states, groups = self._optimizer.state, self._optimizer.param_groups
+        # What random bits are told apart by.
+        first_number = sum(len(group["params"]) for group in groups[:number]) + index
+        if first_number != stepper._first_number:
+            stepper._first_number, stepper._plans = first_number, ()
+        name = own_name(groups[number], index) or f"{index} of group {number}"
         group = stepper.param_groups[0]
-        own = {key: group[key] for key in ("params", "param_names")}
         group.clear()
-        group.update({**self._optimizer.param_groups[number], **own})
+        group.update({**groups[number], "params": [p], "param_names": [name]})
         stepper.state.clear()
         if p in states:
             stepper.state[p] = states[p]
@@ -116,7 +123,7 @@ class StepInBackward:
             stepper.step()
         except (TypeError, ValueError):
             # What is wrong with the group is said of the group.
-            check_group(self._optimizer.param_groups[number], number)
+            check_group(groups[number], number)
             raise
         states.update(stepper.state)
         # What torch's schedulers ask before they warn that no step came before theirs.
@@ -124,6 +131,17 @@ class StepInBackward:
         # The states are the optimizer's, and freed with it.
         stepper.state.clear()
         p.grad = None
+
+    def _place(self, p: Tensor) -> tuple[int, int] | None:
+        """Return the number of a parameter's group and its place in it, which programs change; None without one."""
+        groups, (number, index) = self._optimizer.param_groups, self._places[p]
+        if number >= len(groups) or not any(q is p for q in groups[number]["params"][index : index + 1]):
+            places = ((i, j) for i, group in enumerate(groups) for j, q in enumerate(group["params"]) if q is p)
+            found = next(places, None)
+            if found is None:
+                return None
+            self._places[p] = found
+        return self._places[p]
 
     @_disable_dynamo
     def remove(self) -> None:
@@ -134,6 +152,7 @@ class StepInBackward:
         for p in self._steppers:
             vars(p).pop(_MARK, None)
         self._steppers.clear()
+        self._places.clear()
         self._hooks.clear()
 
     def __enter__(self) -> StepInBackward:

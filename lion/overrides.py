@@ -72,7 +72,12 @@ class GlobalOptimManager:
         self._configs: dict[int, _Override] = {}
         self._searches_in_vain = 0
         self._modules: list[tuple[weakref.ref[nn.Module], str, dict[str, Any]]] = []
-        self.version = object()
+        self._version = object()
+
+    @property
+    def version(self) -> tuple[object, ...]:
+        """What changes with what :meth:`lookup` returns: by overrides, and by what modules have under the names."""
+        return self._version, *(id(p) for module, name, _ in self._modules for p in _of_module(module, name))
 
     def register_parameters(self, params: Tensor | Iterable[Tensor] | Iterable[dict[str, Any]]) -> None:
         """Accept parameters or parameter groups, as upstream asks for before a model moves to a GPU.
@@ -160,8 +165,12 @@ class GlobalOptimManager:
                 f"Invalid param_name: {param_name!r}; {type(module).__name__} has no such parameter, nor any that is "
                 f"known to be behind it; it has {', '.join(module._parameters) or 'none'}"
             )
-        self._modules.append((weakref.ref(module), param_name, _checked(config)))
-        self.version = object()
+        self._modules.append((weakref.ref(module, self._forget), param_name, _checked(config)))
+        self._version = object()
+
+    def _forget(self, module: weakref.ref[nn.Module]) -> None:
+        self._modules = [kept for kept in self._modules if kept[0] is not module]
+        self._version = object()
 
     # A mark is put among the attributes of a tensor, which torch.compile cannot trace.
     @_disable_dynamo
@@ -170,7 +179,7 @@ class GlobalOptimManager:
         before = self._configs.pop(id(p), None)
         self._keep(p, config if before is None else {**before.config, **config})
         self._searches_in_vain = 0
-        self.version = object()
+        self._version = object()
 
     def _keep(self, p: Tensor, config: dict[str, Any], holders: Sequence[objects.Holder] = ()) -> None:
         identity = id(p)
@@ -197,6 +206,9 @@ class GlobalOptimManager:
             self._searches_in_vain = self._searches_in_vain + 1 if p is None else 0
         if p is not None:
             self._keep(p, override.config, holders)
+        else:
+            # Another object may get its id.
+            self._version = object()
 
     def lookup(self) -> dict[int, dict[str, Any]]:
         """Return the options of every parameter that has some, by the parameter's id."""
@@ -205,11 +217,15 @@ class GlobalOptimManager:
         for identity, override in self._configs.copy().items():
             found[identity] = override.config
             override.holders = ()
-        for ref, name, config in self._modules:
-            module = ref()
-            for p in [] if module is None else _parameters_behind(module, name):
+        for module, name, config in self._modules:
+            for p in _of_module(module, name):
                 found[id(p)] = {**found.get(id(p), {}), **config}
         return found
+
+
+def _of_module(ref: weakref.ref[nn.Module], name: str) -> list[Tensor]:
+    module = ref()
+    return [] if module is None else _parameters_behind(module, name)
 
 
 def _parameters_behind(module: nn.Module, name: str) -> list[Tensor]:

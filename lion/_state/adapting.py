@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ def adapted(state: State | None, p: Tensor, form: Form, name: str) -> State:
         ValueError: If the state does not fit the parameter.
         OSError: If there is no room or no permission for paged state.
     """
+    if not isinstance(state, (Mapping, type(None))):
+        raise ValueError(f"Invalid state of {name}: a dict is needed, not {type(state).__name__}")
     if not sharding.is_dtensor(p):
         return _adapted(state or {}, p, form, name)
     if state is None or is_unused(state):
@@ -115,8 +117,10 @@ def zero_momentum(p: Tensor, kind: Kind) -> State:
 
 def put(states: MutableMapping[Tensor, State], p: Tensor, new: State) -> None:
     """Make a state that of a parameter: programs that hold the one it has go on seeing it."""
-    old = states.setdefault(p, new)
-    if old is not new:
+    old = states.get(p)
+    if old is None:
+        states[p] = new
+    elif old is not new:
         old.clear()
         old.update(new)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lion._options import CHECKS, HYPERPARAMETERS, STATE_OPTIONS, check_algorithm, check_group, check_value, shown
-from lion._parameters import parameter_name
+from lion._parameters import names_of, parameter_name
 from lion._state.layout import form_of, is_unused
 from lion._state.loading import NESTED_KEY, load, moved
 from lion.overrides import GlobalOptimManager
@@ -86,16 +86,14 @@ def check_parts(state_dict: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Naming the key.
     """
-    for key, kind in (("state", Mapping), ("param_groups", list)):
+    for key, kinds in (("state", Mapping), ("param_groups", (list, tuple))):
         if key not in state_dict:
             raise ValueError(f"Invalid state_dict: the key {key!r} is missing")
-        if not isinstance(state_dict[key], kind):
+        if not isinstance(state_dict[key], kinds):
             raise ValueError(f"Invalid state_dict: {key!r} must not be of type {type(state_dict[key]).__name__}")
     for number, saved in enumerate(state_dict["param_groups"]):
-        if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), list):
+        if not isinstance(saved, Mapping) or not isinstance(saved.get("params"), (list, tuple)):
             raise ValueError(f"Invalid state_dict: group {number} must be a dict with a list under the key 'params'")
-        if not isinstance(saved.get("param_names", []), (list, tuple)):
-            raise ValueError(f"Invalid state_dict: group {number}: 'param_names' must be a list")
 
 
 def entries_beside(state_dict: Mapping[str, Any]) -> set[Any]:
@@ -151,7 +149,7 @@ def _check_names(groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Map
     Names that differ as such, by a wrapper's prefix for instance, say nothing about the order.
     """
     own, saved = (
-        [name if isinstance(name, str) else shown(name) for group in some for name in group.get("param_names", [])]
+        [name if isinstance(name, str) else shown(name) for group in some for name in names_of(group)]
         for some in (groups, saved_groups)
     )
     if own != saved and sorted(own) == sorted(saved):

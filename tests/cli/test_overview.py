@@ -186,6 +186,13 @@ def test_signs_that_an_encoding_lacks(monkeypatch: pytest.MonkeyPatch, encoding:
     assert spelled(times) == ("2 x" if encoding == "ascii" else times)
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "--help"]], ids=" ".join)
+def test_a_python_that_takes_docstrings_away(arguments: list[str]) -> None:
+    command = [sys.executable, "-OO", "-m", "lion", *arguments]
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "check" in shown and "exit codes" in shown
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no signal for a reader that has gone")
 def test_a_reader_that_has_enough_ends_the_command_without_a_word() -> None:
     for command in ([], ["--json"]):

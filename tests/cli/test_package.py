@@ -87,6 +87,26 @@ def test_a_checkout_without_links_builds_the_same(wheel: Path, tmp_path: Path) -
     assert contents(built(checkout(tmp_path / "source", links=False), tmp_path / "dist")) == contents(wheel)
 
 
+def test_situations(wheel: Path, tmp_path: Path) -> None:
+    """The programs of tests/situations find the wheel, and nothing else of the checkout than the tests."""
+    installed, outside = tmp_path / "installed", tmp_path / "outside"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", installed, wheel], check=True
+    )
+    shutil.copytree(ROOT / "tests", outside / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", outside)
+
+    def python(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(installed)}
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=outside, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        return done.stdout
+
+    assert Path(python("-c", "import lion; print(lion.__file__)").strip()).is_relative_to(installed)
+    assert " passed" in python("-m", "pytest", "-q", "tests/situations")
+
+
 @pytest.fixture(scope="module")
 def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Return what runs Python in an environment in which only the wheel and what it needs are installed."""

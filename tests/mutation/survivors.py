@@ -380,11 +380,6 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 0",
         ),
         (
-            'stepper.param_groups[0]["param_names"] = [names[index] if names else f"{index} of group {number}"]',
-            "there is one",
-            'stepper.param_groups[ -1]["param_names"] = [names[index] if names else f"{index} of group {number}"]',
-        ),
-        (
             "group = stepper.param_groups[0]",
             "there is one",
             "group = stepper.param_groups[ -1]",

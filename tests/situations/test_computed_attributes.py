@@ -203,7 +203,7 @@ def test_what_is_no_parameter_is_refused_by_name(module: Callable[[], nn.Module]
     with pytest.raises(ValueError, match=f"'{name}'.*{type(made).__name__} has no such parameter"):
         manager.register_module_override(made, name, OPTIONS)
     assert Tied.computed == 0
-    assert manager.version is version and manager.lookup() == {}
+    assert manager.version == version and manager.lookup() == {}
 
 
 def test_a_computed_tensor_is_refused_where_a_parameter_is_meant() -> None:

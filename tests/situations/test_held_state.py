@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.optimizers.support import KINDS, every_variant, parameter, set_gradients
+from tests.optimizers.support import KINDS, every_kind, every_variant, parameter, set_gradients
 
 
 @every_variant
@@ -42,3 +42,30 @@ def test_float_zeros_in_the_place_of_codes_are_told_by_their_dtype():
     optimizer.state[p]["state1"] = torch.zeros(5000)
     with pytest.raises(ValueError, match="'state1' is torch.float32; torch.uint8"):
         optimizer.step()
+
+
+@every_kind
+@pytest.mark.parametrize("found", [3, "state", [1], [], torch.ones(3)], ids=str)
+def test_something_else_in_its_place_is_refused_and_nothing_changes(make, found):
+    params = [parameter(300, seed=seed) for seed in range(2)]
+    optimizer = make(params, min_8bit_size=0)
+    set_gradients(params, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    optimizer.state.pop(params[0])
+    optimizer.state[params[1]] = found
+    with pytest.raises(ValueError, match=f"parameter 1 of group 0: a dict is needed, not {type(found).__name__}"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    assert params[0] not in optimizer.state and optimizer.state[params[1]] is found
+
+
+@every_kind
+def test_none_in_its_place_begins_anew(make):
+    p = parameter(300)
+    optimizer = make([p], min_8bit_size=0)
+    for seed in range(2):
+        set_gradients([p], seed)
+        optimizer.state[p] = None
+        optimizer.step()
+        assert optimizer.state[p]["step"] == 1
