@@ -22,6 +22,7 @@ PICTURE = ROOT / "docs" / "images" / "speed.svg"
 DTYPES = ("float32", "float16", "bfloat16")
 OURS = ("Lion", "Lion8bit")
 PATHS = ("cpu-epyc-zen4-avx2.json", "cpu-epyc-zen4-avx512.json")
+COLD = ("cpu-epyc-zen4-avx2-cold.json", "cpu-epyc-zen4-avx512-cold.json")
 TRAININGS = ("training-tiny", "training-small", "finetuning")
 # The contestants that README and the first page show.
 FIRST = ("AdamW", "AdamW, bf16", "Lion8bit", "Lion8bit, bf16 + 24 bits")
@@ -125,6 +126,22 @@ def paths() -> str:
     return markdown(["ns per parameter", *(measurement["lookups"] for measurement in measurements)], cells)
 
 
+def small_models() -> str:
+    """Return the milliseconds of a step over many tensors, after other work, by the instructions of a processor."""
+    measurements = [json.loads((FOLDER / name).read_text()) for name in COLD]
+    cells: dict[tuple[str, str], list[str]] = {}
+    for measurement in measurements:
+        for run in measurement["runs"]:
+            for name in (*(f"numba-lion {ours}" for ours in OURS), "torch fused AdamW"):
+                line = cells.setdefault((run["workload"], name), [])
+                time = run["rows"][name]["nanoseconds_per_parameter"]["median"] * run["elements"] / 1e6
+                line.append(f"{time:.2f}")
+    dtypes = list(dict.fromkeys(run["dtype"] for run in measurements[0]["runs"]))
+    headings = [f"{dtype}, {measurement['lookups']}" for measurement in measurements for dtype in dtypes]
+    lines = [[f"{workload}: {name.removeprefix('numba-lion ')}", *times] for (workload, name), times in cells.items()]
+    return markdown(["ms per step", *headings], lines)
+
+
 def markdown(headings: list[str], cells: list[list[str]]) -> str:
     """Return a table, its columns of numbers to the right: all but the first, and what has commas between words."""
     words = [number == 0 or any(", " in line[number] for line in cells) for number in range(len(headings))]
@@ -208,6 +225,8 @@ def blocks() -> dict[str, str]:
         found["paths"] = paths()
         found["ways of keeping weights"] = ways_of_keeping_weights()
         found["paths where"] = " ".join(measured(name) for name in PATHS)
+    found["small models"] = small_models()
+    found["small models where"] = " ".join(measured(name) for name in COLD)
     for name in TRAININGS:
         found.update(trainings(name))
     return found

@@ -73,7 +73,7 @@ def update_32bit(
     """
     update = _update_32bit_kernel(dtype, grad_dtype or dtype, mode=mode_of(dtype, weights))
     rows = rows_of(weights, steps)
-    run(update, threads, sizes.sum(), params, grads, momentums, sizes, steps, scales, k, inv_scale, rows)
+    run(update, threads, np.add.reduce(sizes), params, grads, momentums, sizes, steps, scales, k, inv_scale, rows)
 
 
 def update_8bit_blockwise(
@@ -115,7 +115,7 @@ def update_8bit_blockwise(
     """
     update = _update_8bit_kernel(dtype, grad_dtype or dtype, mode=mode_of(dtype, weights))
     rows = rows_of(weights, steps)
-    run(update, threads, sizes.sum(), params, grads, codes, absmax, sizes, steps, scales, k, inv_scale, rows)
+    run(update, threads, np.add.reduce(sizes), params, grads, codes, absmax, sizes, steps, scales, k, inv_scale, rows)
 
 
 def update_8bit_tensorwise(

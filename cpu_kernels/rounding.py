@@ -26,6 +26,8 @@ from lion.reference.rounding import (
 LOW = 0
 SEED, OFFSET, PARAMETER, NUMBER = range(4)
 
+_NO_ROWS = np.empty((0, 0), np.int64)
+
 # Elements that random bits are made for at once, and 4-byte items that hold them from any element of a group of 8 on.
 SPAN = 256
 RANDOM_ITEMS = SPAN // 2 + 4
@@ -91,7 +93,7 @@ def rows_of(weights: Weights, steps: Int64Array) -> npt.NDArray[np.int64]:
         steps: int64 array: addresses of float32 step counters that are still to be counted up; 0 for none.
     """
     if weights is None:
-        return np.empty((0, 0), np.int64)
+        return _NO_ROWS
     if isinstance(weights, Master):
         return weights.lows.reshape(-1, 1)
     rows = np.empty((steps.size, 4), np.int64)

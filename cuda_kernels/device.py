@@ -226,8 +226,7 @@ def _add_or_zero_twin(a: Any, b: Any) -> Any:
 @_intrinsic(_u32(_u32, _u32), _add_or_zero_twin)
 def add_or_zero(builder: Any, a: Any, b: Any) -> Any:
     """Return ``a + b`` modulo 2**32, or 0 where that is negative as an int32: one instruction from 9.0 on."""
-    total, zero = builder.add(a, b), ir.Constant(_I32, 0)
-    return builder.select(builder.icmp_signed(">", total, zero), total, zero)
+    return _assembly(builder, "{ .reg .b32 t; add.s32 t, $1, $2; max.s32 $0, t, 0; }", _I32, "=r,r,r", a, b)
 
 
 def _ordered_twin(pattern: Any) -> Any:
@@ -287,16 +286,32 @@ def signed_half(builder: Any, word: Any, place: Any) -> Any:
     return builder.sext(builder.trunc(builder.lshr(word, shift), _I16), _I32)
 
 
-def _signed_byte_twin(word: Any, place: Any) -> Any:
-    return (word >> np.uint32(8 * place)).astype(np.int8).astype(np.uint32) << np.uint32(8)
+def _half_above_byte_twin(word: Any, low_word: Any, place: Any) -> Any:
+    half, low = int(word) >> 16 * (int(place) % 2) & 0xFFFF, int(low_word) >> 8 * int(place) & 0xFF
+    return np.uint32(half << 16 | low << 8 | low)
 
 
-@_intrinsic(_u32(_u32, _u32), _signed_byte_twin)
-def signed_byte(builder: Any, word: Any, place: Any) -> Any:
-    """Return one of a word's bytes, the lowest at place 0, times 256, with its sign extended."""
-    zero, times = ir.Constant(_I32, 0), ir.Constant(_I32, 0x1110)
-    selector = builder.add(builder.mul(place, times), ir.Constant(_I32, 0x8804))
-    return _call(builder, "llvm.nvvm.prmt", _I32, word, zero, selector)
+@_intrinsic(_u32(_u32, _u32, _u32), _half_above_byte_twin)
+def half_above_byte(builder: Any, word: Any, low_word: Any, place: Any) -> Any:
+    """Return a word's half at ``place % 2`` above another's byte at ``place``, which fills the lowest byte, too."""
+    byte = builder.mul(place, ir.Constant(_I32, 0x0011))
+    half = builder.mul(builder.and_(place, ir.Constant(_I32, 1)), ir.Constant(_I32, 0x2200))
+    selector = builder.add(builder.add(byte, half), ir.Constant(_I32, 0x1044))
+    return _call(builder, "llvm.nvvm.prmt", _I32, word, low_word, selector)
+
+
+def _add_rounding_24_twin(pattern: Any) -> Any:
+    return np.uint32((int(pattern) + 0x807F + (int(pattern) >> 8 & 1)) & 0xFFFFFFFF)
+
+
+@_intrinsic(_u32(_u32), _add_rounding_24_twin)
+def add_rounding_24(builder: Any, pattern: Any) -> Any:
+    """Return ``pattern + 0x807F + (pattern >> 8 & 1)`` modulo 2**32, by two instructions.
+
+    The bytes 255, 255, 255, 255 times 127, -1, 3, 0 are 0x807F; where bit 8 is 1, the second is 254.
+    """
+    text = "{ .reg .b32 t; lop3.b32 t, $1, 0xfffffeff, 0, 0xcf; dp4a.u32.s32 $0, t, 0x0003ff7f, $1; }"
+    return _assembly(builder, text, _I32, "=r,r", pattern)
 
 
 def _multiply_twin(a: Any, b: Any) -> Any:

@@ -11,8 +11,10 @@ from lion.cuda_kernels.device import (
     TOGETHER,
     add,
     add_or_zero,
+    add_rounding_24,
     device,
     from_bits,
+    half_above_byte,
     high_halves,
     int32,
     load_8,
@@ -28,7 +30,6 @@ from lion.cuda_kernels.device import (
     quiet_bits,
     second_bytes,
     shuffle_xor_u32,
-    signed_byte,
     signed_half,
     store_8,
     store_8_of_1,
@@ -52,7 +53,7 @@ from lion.reference.rounding import (
 )
 
 MAGNITUDE, SIGN = np.uint32(0x7FFFFFFF), np.uint32(0x80000000)
-ONE_HALF = np.uint32(0x8000)
+ONE_HALF, MINUS_ONE_HALF, WITHOUT_SIGN_24 = np.uint32(0x8000), np.uint32(0xFFFF8000), np.uint32(0x7FFFFF00)
 LOW_HALF_SIGNS, LOW_BYTE_SIGNS = np.uint32(0x80008000), np.uint32(0x80808080)
 MULTIPLIERS = np.uint32(PHILOX_MULTIPLIERS[0]), np.uint32(PHILOX_MULTIPLIERS[1])
 KEY_STEPS = np.uint32(PHILOX_KEY_STEPS[0]), np.uint32(PHILOX_KEY_STEPS[1])
@@ -147,25 +148,33 @@ def rounded(weights: int, pattern: np.uint32) -> np.uint32:
     The lower part is below it with its sign turned over, for ``ONE_HALF`` was added.
     """
     if weights == MASTER_24:
-        odd = uint32(uint32(pattern >> uint32(8)) & uint32(1))
-        return wrapping_add(pattern, uint32(odd + uint32(ONE_HALF + uint32(0x7F))))
+        return add_rounding_24(pattern)
     return wrapping_add(pattern, ONE_HALF)
 
 
 @device
-def joined(high: np.uint32, low: np.uint32) -> np.float32:
+def joined_32(high: np.uint32, low: np.uint32) -> np.float32:
     """Return a master value; a negative lower part of ±0, where the magnitude would be below 0, counts as 0."""
     magnitude = add_or_zero(uint32(high & MAGNITUDE), low)
     return from_bits(uint32(uint32(high & SIGN) | magnitude))
 
 
 @device
+def joined_24(word: np.uint32, low_word: np.uint32, place: int) -> np.float32:
+    """Return a master value of 24 bits, one of two in ``word``, by the place of its lower part among four."""
+    # With its sign turned over, the lower part is 128 more and never negative.
+    pattern = half_above_byte(word, uint32(low_word ^ LOW_BYTE_SIGNS), uint32(place))
+    magnitude = add_or_zero(uint32(pattern & WITHOUT_SIGN_24), MINUS_ONE_HALF)
+    return from_bits(uint32(uint32(pattern & SIGN) | magnitude))
+
+
+@device
 def read_weight(weights: int, dtype: int, param: int, low: int) -> np.float32:
     """Return an element of a parameter, joined with its lower part if it has one."""
     if weights == MASTER_32:
-        return joined(uint32(load_u16(param) << uint32(16)), signed_half(load_u16(low), uint32(0)))
+        return joined_32(uint32(load_u16(param) << uint32(16)), signed_half(load_u16(low), uint32(0)))
     if weights == MASTER_24:
-        return joined(uint32(load_u16(param) << uint32(16)), signed_byte(load_u8(low), uint32(0)))
+        return joined_24(load_u16(param), load_u8(low), 0)
     return load_float(dtype, param)
 
 
@@ -207,13 +216,11 @@ def join_8_weights(weights: int, dtype: int, words: np.ndarray, low_words: np.nd
     """Fill ``values`` with the eight elements whose bits :func:`load_8_weights` has loaded."""
     if weights == MASTER_32:
         for i in range(4):
-            values[2 * i] = joined(uint32(words[i] << uint32(16)), signed_half(low_words[i], uint32(0)))
-            values[2 * i + 1] = joined(uint32(words[i] & uint32(0xFFFF0000)), signed_half(low_words[i], uint32(1)))
+            values[2 * i] = joined_32(uint32(words[i] << uint32(16)), signed_half(low_words[i], uint32(0)))
+            values[2 * i + 1] = joined_32(uint32(words[i] & uint32(0xFFFF0000)), signed_half(low_words[i], uint32(1)))
     elif weights == MASTER_24:
-        for i in range(4):
-            word, place = low_words[i // 2], 2 * (i % 2)
-            values[2 * i] = joined(uint32(words[i] << uint32(16)), signed_byte(word, uint32(place)))
-            values[2 * i + 1] = joined(uint32(words[i] & uint32(0xFFFF0000)), signed_byte(word, uint32(place + 1)))
+        for i in range(8):
+            values[i] = joined_24(words[i // 2], low_words[i // 4], i % 4)
     else:
         to_floats(dtype, words, values)
 

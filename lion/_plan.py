@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lion import reference
-from lion._backends import Batch, LossScale, StepCoefficients, Weights, for_device
+from lion._backends import Backend, Batch, LossScale, StaleBatch, StepCoefficients, Weights, for_device
 from lion._memory import sharding
 from lion._options import HYPERPARAMETERS, check_group, check_value, rate_on_host
 from lion._parameters import Group, check_gradient, check_weights, parameter_name
@@ -21,14 +20,21 @@ from lion._state import Form, State, adapted, form_of, put, rounding_seed_of
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-Prepared = list[tuple[Batch, StepCoefficients]]
+
+class Launch(NamedTuple):
+    """A batch with the tensors of a step, the numbers of the step, and who computes it."""
+
+    batch: Batch
+    step: StepCoefficients
+    backend: Backend
+
+
 # A mesh, and the dimensions of it that a parameter is sharded over.
 _Shards: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]]"
 
 # Paged state updated by one kernel call, in bytes: it has to fit on a device beside everything else.
 _PORTION = 256 * 2**20
 _rounded = lru_cache(reference.coefficients)
-_grad = attrgetter("grad")
 
 
 class _Member(NamedTuple):
@@ -45,10 +51,12 @@ class _Member(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A batch of the plan, with the places of its parameters among all that have a gradient."""
+    """A batch of the plan, with the places of its parameters among all that have a gradient, and of their states."""
 
     batch: Batch
+    backend: Backend
     members: list[int]
+    states: list[int]
     group: int
     override: Mapping[str, Any]
 
@@ -106,8 +114,10 @@ class Plan:
         self._ids = [id(member.p) for member in members]
         for member, new in [(m, adapted(states.get(m.p), m.p, m.form, m.name)) for m in members]:
             put(states, member.p, new)
+        self._order = list(map(id, states))
+        places = {identity: place for place, identity in enumerate(self._order)}
         self._parts = [
-            _part(members, numbers, states) for numbers in _together(members, [states[m.p] for m in members])
+            _part(members, numbers, states, places) for numbers in _together(members, [states[m.p] for m in members])
         ]
 
     def _members(self, groups: Sequence[Group], overrides: Mapping[int, Mapping[str, Any]]) -> list[_Member]:
@@ -134,46 +144,49 @@ class Plan:
         self,
         groups: Sequence[Group],
         params: Sequence[Tensor],
+        grads: Sequence[Tensor],
         states: Mapping[Tensor, State],
-        shards: Mapping[Tensor, Tensor],
-    ) -> Prepared:
+    ) -> list[Launch]:
         """Return the batches with this step's tensors and coefficients.
 
         Args:
             groups: The optimizer's parameter groups.
             params: The parameters that have a gradient.
+            grads: Their gradients; of DTensors, this process's shards of them.
             states: The optimizer's states.
-            shards: This process's shards of the gradients of DTensors.
 
         Raises:
-            StaleBatch: If a tensor changed its dtype, size or place.
+            StaleBatch: If a tensor changed its dtype, size or place, or states were taken away.
             ValueError: If a hyperparameter is not allowed.
         """
         steps = [_coefficients(groups[part.group], part.override, part.batch.device) for part in self._parts]
-        # By id, since a tensor's hash is a function in Python.
-        by_id = dict(zip(map(id, states.keys()), states.values(), strict=True))
-        prepared = []
-        numbers = self._numbers(groups) if any(part.batch.weights.seed is not None for part in self._parts) else {}
+        # Found by their order, since a tensor's hash is a function in Python.
+        if list(map(id, states))[: len(self._order)] != self._order:
+            raise StaleBatch
+        entries = list(states.values())
+        prepared: list[Launch] = []
+        seeded = any(part.batch.weights.seed is not None for part in self._parts)
+        numbers = self._numbers(groups, params) if seeded else []
         try:
             for part, step in zip(self._parts, steps, strict=True):
-                own = [params[i] for i in part.members]
-                grads: Any = [shards[p] for p in own] if part.batch.sharded else list(map(_grad, own))
-                ids = list(map(id, own))
-                places = list(map(numbers.__getitem__, ids)) if part.batch.weights.seed is not None else None
-                part.batch.take(own, grads, list(map(by_id.__getitem__, ids)), places)
-                prepared.append((part.batch, step))
+                own, own_grads = [list(map(some.__getitem__, part.members)) for some in (params, grads)]
+                own_states = list(map(entries.__getitem__, part.states))
+                own_numbers = list(map(numbers.__getitem__, part.members)) if numbers else None
+                part.batch.take(own, own_grads, own_states, own_numbers)
+                prepared.append(Launch(part.batch, step, part.backend))
         except BaseException:
-            for batch, _ in prepared:
-                batch.release()
+            for launch in prepared:
+                launch.batch.release()
             raise
         return prepared
 
-    def _numbers(self, groups: Sequence[Group]) -> dict[int, int]:
-        """Return the numbers of all parameters by their ids: their places, whether they have a gradient or not."""
-        params = (p for group in groups for p in group["params"])
-        return {id(p): number for number, p in enumerate(params, self._first_number)}
+    def _numbers(self, groups: Sequence[Group], params: Sequence[Tensor]) -> list[int]:
+        """Return the numbers of parameters: their places among all, whether those have a gradient or not."""
+        everything = (p for group in groups for p in group["params"])
+        numbers = {id(p): number for number, p in enumerate(everything, self._first_number)}
+        return [numbers[id(p)] for p in params]
 
-    def sum_norms(self, prepared: Prepared, loss_scale: LossScale) -> None:
+    def sum_norms(self, prepared: Sequence[Launch], loss_scale: LossScale) -> None:
         """Bring to the batches the norms of the gradients whose shards other processes have, too.
 
         Every process that takes part in a step has to call it, whatever gradients it has.
@@ -183,28 +196,28 @@ class Plan:
             loss_scale: The scaling of the loss.
         """
         for shards, (device, places) in self._norms.items():
-            mine = [(batch, step) for batch, step in prepared if id(batch.params[0]) in places]
+            mine = [launch for launch in prepared if id(launch.batch.params[0]) in places]
             norms = torch.zeros(len(places), dtype=torch.float64, device=device)
-            for batch, step in mine:
-                squared = for_device(batch.device).squared_norms(batch, step, loss_scale)
+            for batch, step, backend in mine:
+                squared = backend.squared_norms(batch, step, loss_scale)
                 norms[_places(batch, places)] = squared.to(device, torch.float64)
             sums = sharding.sum_over_shards(norms, *shards).float()
-            for batch, _ in mine:
+            for batch, *_ in mine:
                 batch.squared_norms = sums[_places(batch, places)].to(batch.device)
 
-    def changes_nothing(self, groups: Sequence[Group], prepared: Prepared) -> bool:
+    def changes_nothing(self, groups: Sequence[Group], prepared: Sequence[Launch]) -> bool:
         """Return whether all learning rates and all gradients are zero, on every process.
 
         It waits for the devices, except where a learning rate is not zero or a tensor on one of them.
         """
         rates = [group["lr"] for group in groups]
         on_device = any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
-        on_gpu = any(batch.device.type == "cuda" for batch, _ in prepared)
+        on_gpu = any(launch.batch.device.type == "cuda" for launch in prepared)
         if on_device or any(map(bool, rates)) or (on_gpu and torch.cuda.is_current_stream_capturing()):
             return False
         changes = any(
             step.device_lr is not None or step.values.lr != 0 or any(map(Tensor.any, batch.gradients))
-            for batch, step in prepared
+            for batch, step, _ in prepared
         )
         for mesh in self.meshes:
             flag = torch.tensor([changes], dtype=torch.float64, device="cpu")
@@ -259,13 +272,16 @@ def _together(members: Sequence[_Member], states: Sequence[State]) -> list[list[
     return list(batches.values())
 
 
-def _part(members: Sequence[_Member], numbers: list[int], states: Mapping[Tensor, State]) -> _Part:
+def _part(
+    members: Sequence[_Member], numbers: list[int], states: Mapping[Tensor, State], places: Mapping[int, int]
+) -> _Part:
     first, params = members[numbers[0]], [members[i].p for i in numbers]
     kind, _, _, in_memory_order, master_bits = first.form
     grad_dtype, weights = first.p.grad.dtype, Weights(master_bits, first.seed)  # type: ignore[union-attr]
     own = [states[p] for p in params]
     batch = Batch(kind, first.percentile, params, own, in_memory_order, grad_dtype, weights)
-    return _Part(batch, numbers, first.group, first.override)
+    own_places = [places[id(p)] for p in params]
+    return _Part(batch, for_device(batch.device), numbers, own_places, first.group, first.override)
 
 
 def _places(batch: Batch, places: Mapping[int, int]) -> Tensor:

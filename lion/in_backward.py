@@ -30,9 +30,9 @@ class StepInBackward:
     together or scaled by a ``GradScaler``. :meth:`Lion.step` may still be called: it steps what has a gradient left,
     such as parameters that were added or unfrozen later, and otherwise does nothing.
 
-    A parameter that ``Module.to`` gives other memory goes on being stepped. So does one that moves to another group,
-    by the options of that. What is taken out of the optimizer keeps its gradient. It all ends with :meth:`remove`, or
-    with a ``with`` block, or with the optimizer.
+    A parameter that ``Module.to`` gives other memory goes on being stepped, and so does one that moves to another
+    group, by the options of that. What is taken out of the optimizer keeps its gradient. It all ends with
+    :meth:`remove`, or with a ``with`` block, or with the optimizer.
 
     Args:
         optimizer: The optimizer; those of its parameters that require a gradient now are stepped in backward.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, overload
 
 import torch
@@ -11,7 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from lion import _dynamic_map
-from lion._backends import LossScale, StaleBatch, for_device, forgotten_on_error
+from lion._backends import LossScale, StaleBatch, forgotten_on_error, requested
 from lion._memory import paging, sharding
 from lion._options import (
     STATE_OPTIONS,
@@ -24,11 +25,12 @@ from lion._options import (
     warn_of_misspelled,
 )
 from lion._parameters import check_parameter, check_weights, parameter_name
-from lion._plan import Plan, Prepared
+from lion._plan import Launch, Plan
 from lion._state import converted, for_communication, form_of, placed, python_numbers
 from lion.overrides import GlobalOptimManager
 
 _KEPT_PLANS = 4
+_grad = attrgetter("grad")
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -215,27 +217,27 @@ class Lion(Optimizer):
         if skips and not any(sharding.is_dtensor(p) for group in self.param_groups for p in group["params"]):
             return loss
         first = not self._stepped
-        plan, batches = self._prepared()
+        plan, launches = self._prepared()
         # Whether a process has gradients must not decide what it does next to others.
-        self._stepped = self._stepped or bool(batches or plan.meshes)
+        self._stepped = self._stepped or bool(launches or plan.meshes)
         try:
-            plan.sum_norms(batches, loss_scale)
+            plan.sum_norms(launches, loss_scale)
             # torch.distributed.checkpoint makes state by a first step of zeros; what follows shall not notice.
-            if not skips and not (first and plan.changes_nothing(self.param_groups, batches)):
-                self._update(batches, loss_scale)
+            if not skips and not (first and plan.changes_nothing(self.param_groups, launches)):
+                self._update(launches, loss_scale)
         finally:
-            for batch, _ in batches:
-                batch.release()
+            for launch in launches:
+                launch.batch.release()
         return loss
 
-    def _update(self, batches: Prepared, loss_scale: LossScale) -> None:
-        params = [batch.params for batch, _ in batches]
+    def _update(self, launches: Sequence[Launch], loss_scale: LossScale) -> None:
+        params = [launch.batch.params for launch in launches]
         done = 0
         try:
             for some in params:
                 torch.autograd.graph.increment_version(some)
-            for batch, coefficients in batches:
-                for_device(batch.device).update(batch, coefficients, loss_scale)
+            for batch, step, backend in launches:
+                backend.update(batch, step, loss_scale)
                 batch.finish()
                 done += 1
         except BaseException as error:
@@ -337,33 +339,38 @@ class Lion(Optimizer):
                     form = form_of(p, {**group, **overrides.get(id(p), {})})
                     self.state[p] = placed(self.state[p], form.paged)
 
-    def _prepared(self) -> tuple[Plan, Prepared]:
+    def _prepared(self) -> tuple[Plan, list[Launch]]:
         """Return the plan of this step and its batches, checked and ready to run."""
         manager, groups = GlobalOptimManager.get_instance(), self.param_groups
         for number, group in enumerate(groups):
             check_algorithm(group, number)
-        members = [[p for p in group["params"] if p.grad is not None] for group in groups]
-        params = [p for some in members for p in some]
-        options = [
-            (len(group["params"]), len(some), *map(group.get, STATE_OPTIONS))
-            for group, some in zip(groups, members, strict=True)
-        ]
-        signature = (manager.version, paging.forks(), options)
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        options = []
+        for group in groups:
+            own = group["params"]
+            places = list(map(_grad, own))
+            present = [grad for grad in places if grad is not None]
+            all_present = len(present) == len(own)
+            params += own if all_present else [p for p, grad in zip(own, places, strict=True) if grad is not None]
+            grads += present
+            options.append((len(own), len(present), *map(group.get, STATE_OPTIONS)))
+        signature = (manager.version, paging.forks(), requested(), options)
         # Before anything that one process may do and another not: it may have to gather.
-        shards = sharding.local_gradients(params)
+        shards = sharding.local_gradients(params, grads)
         for plan in self._plans:
             # An option that cannot be compared raises whatever it likes, a tensor without memory RuntimeError, a state
             # without a key KeyError: a new plan says it better.
             try:
                 if plan.fits(params, signature):
-                    prepared = plan.prepared(groups, params, self.state, shards)
+                    prepared = plan.prepared(groups, params, shards, self.state)
                     self._keep(plan)
                     return plan, prepared
             except Exception:
                 self._plans = tuple(kept for kept in self._plans if kept is not plan)
         plan = Plan(groups, self.state, manager.lookup(), signature, self._first_number)
         try:
-            prepared = plan.prepared(groups, params, self.state, shards)
+            prepared = plan.prepared(groups, params, shards, self.state)
         except StaleBatch:
             raise ValueError(
                 "Invalid step: copies of its parameters or gradients have no memory, as under torch's FakeTensorMode"

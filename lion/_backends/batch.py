@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ _is_contiguous = Tensor.is_contiguous
 _is_neg = Tensor.is_neg
 _stride: Callable[[Tensor], tuple[int, ...]] = Tensor.stride
 _dtype = attrgetter("dtype")
-_shape = attrgetter("shape")
 _nbytes = attrgetter("nbytes")
 _version = attrgetter("_version")
+_map = itemgetter("qmap1")
 
 # Rows of a batch's table of addresses.
 PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, HISTORY, LOW, FIRST_ELEMENT, NUMBER = range(11)
@@ -76,6 +77,8 @@ class Batch:
         params: The parameters, during a step.
         operands: The parameters' memory during a step: contiguous, or dense and in the order of the momentum.
         gradients: The gradients' memory during a step, in the order of the operands.
+        table: A row of numbers for each of the names of this module, PARAM to NUMBER, with a place for every parameter.
+        rows: The rows of the table.
         squared_norms: The gradients' squared norms, float32 of shape (n,), where shards had to be summed up for them.
         places: Where these stand among those that are summed, as indices on the device.
         paged: Addresses and sizes in bytes of the state that lies in pageable memory.
@@ -99,24 +102,25 @@ class Batch:
         self.device = params[0].device
         self.dtype = params[0].dtype
         self.grad_dtype = grad_dtype or self.dtype
+        self._grad_dtypes = [self.grad_dtype] * len(params)
         self.table = np.zeros((11, len(params)), np.int64)
+        self.rows = tuple(self.table)
         operands = self._local(params)
-        self._addresses = list(map(_data_ptr, operands))
         self._sizes = list(map(_numel, operands))
-        self._shapes = list(map(_shape, operands))
-        self.table[PARAM], self.table[SIZE] = self._addresses, self._sizes
-        self._strides = list(map(_stride, operands)) if in_memory_order else None
+        self._strides = list(map(_stride, operands))
+        self._param_memory, self._dtypes = _memory(operands), [self.dtype] * len(params)
+        self.table[PARAM], self.table[SIZE] = self._param_memory[0], self._sizes
+        self._in_memory_order = in_memory_order
         self._staged = not in_memory_order and not all(map(_is_contiguous, operands))
-        self._identities = _identities(states)
-        self._entries = []
-        self.paged: list[tuple[int, int]] = []
-        for key, row in _ROWS.items():
-            if key in states[0]:
-                tensors = [state[key] for state in states]
-                place = self._place(tensors)
-                self._entries.append((key, place))
-                self.table[row] = place[0]
-                self.paged += paging.ranges(self._local(tensors))
+        self._lengths = list(map(len, states))
+        keys = [key for key in _ROWS if key in states[0]]
+        self._entries = itemgetter(*keys)
+        tensors = list(chain.from_iterable(map(self._entries, states)))
+        local = self._local(tensors)
+        self._state_ids, self._state_memory = list(map(id, tensors)), _memory(local)
+        for column, key in enumerate(keys):
+            self.table[_ROWS[key]] = self._state_memory[0][column :: len(keys)]
+        self.paged = paging.ranges(local)
         self.table[FIRST_ELEMENT] = list(map(sharding.first_element, params)) if weights.seed is not None else 0
         self._maps = None if kind is Kind.FLOAT32 else _versions(states)
         self.params: Sequence[Tensor] = ()
@@ -158,59 +162,56 @@ class Batch:
             StaleBatch: If a tensor changed its dtype, shape or place since the batch was made.
         """
         operands = self._local(params)
-        if not (self._params_fit(operands) and self._states_fit(states) and self._grads_fit(grads)):
+        if not (self._params_fit(operands) and self._states_fit(states)):
             raise StaleBatch
         self.params, self._states = params, states
         self.operands = self._in_place = operands
         if self._staged:
             self.operands = [p.detach().contiguous() for p in operands]
-            self.table[PARAM] = list(map(_data_ptr, self.operands))
-        self.gradients = self._in_order(grads)
-        self.table[GRAD] = list(map(_data_ptr, self.gradients))
+            self.table[PARAM] = self._addresses(self.operands)
+        self._take_gradients(grads)
         if numbers is not None:
             self.table[NUMBER] = numbers
-        # Memory that a program took away, and copies that have none.
-        if not self.table[[PARAM, GRAD]].all(where=self.table[SIZE] > 0):
-            raise StaleBatch
 
     def _params_fit(self, operands: Sequence[Tensor]) -> bool:
-        if self._strides is not None:
-            ordered = list(map(_stride, operands)) == self._strides
-        else:
-            ordered = self._staged or all(map(_is_contiguous, operands))
+        # With the sizes, the strides tell the shapes.
         return (
-            ordered
-            and list(map(_data_ptr, operands)) == self._addresses
-            and list(map(_shape, operands)) == self._shapes
-            and set(map(_dtype, operands)) == {self.dtype}
+            _memory(operands) == self._param_memory
+            and list(map(_dtype, operands)) == self._dtypes
+            and list(map(_stride, operands)) == self._strides
         )
 
     def _states_fit(self, states: Sequence[State]) -> bool:
+        tensors = list(chain.from_iterable(map(self._entries, states)))
         return (
-            _identities(states) == self._identities
-            and all(self._place(list(map(itemgetter(key), states))) == place for key, place in self._entries)
+            list(map(len, states)) == self._lengths
+            and list(map(id, tensors)) == self._state_ids
+            and _memory(self._local(tensors)) == self._state_memory
             and (self._maps is None or _versions(states) == self._maps)
         )
 
-    def _place(self, tensors: Sequence[Tensor]) -> tuple[list[int], list[int], set[torch.dtype], list[int]]:
-        """Return where tensors of states are and what a kernel takes for granted of them."""
-        local = self._local(tensors)
-        return list(map(_data_ptr, local)), list(map(_nbytes, local)), set(map(_dtype, local)), list(map(id, tensors))
-
-    def _grads_fit(self, grads: Sequence[Tensor]) -> bool:
-        return set(map(_dtype, grads)) == {self.grad_dtype} and list(map(_numel, grads)) == self._sizes
-
-    def _in_order(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return gradients whose elements lie in memory as those of the operands do."""
-        if self._strides is not None:
-            if list(map(_stride, grads)) != self._strides or any(map(_is_neg, grads)):
-                return [
+    def _take_gradients(self, grads: Sequence[Tensor]) -> None:
+        """Take gradients, or copies whose elements lie in memory as those of the operands do."""
+        if list(map(_numel, grads)) != self._sizes or list(map(_dtype, grads)) != self._grad_dtypes:
+            raise StaleBatch
+        negative = any(map(_is_neg, grads))
+        self.gradients = grads
+        if self._in_memory_order:
+            if negative or list(map(_stride, grads)) != self._strides:
+                self.gradients = [
                     torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
                     for g, strides in zip(grads, self._strides, strict=True)
                 ]
-        elif not all(map(_is_contiguous, grads)) or any(map(_is_neg, grads)):
-            return [g.resolve_neg().contiguous() for g in grads]
-        return grads
+        elif negative or not all(map(_is_contiguous, grads)):
+            self.gradients = [g.resolve_neg().contiguous() for g in grads]
+        self.table[GRAD] = self._addresses(self.gradients)
+
+    def _addresses(self, tensors: Sequence[Tensor]) -> list[int]:
+        addresses = list(map(_data_ptr, tensors))
+        # Memory that a program took away, and copies that have none.
+        if not all(addresses) and any(size and not at for size, at in zip(self._sizes, addresses, strict=True)):
+            raise StaleBatch
+        return addresses
 
     def finish(self) -> None:
         """Write staged parameters back into their own storage and let go of all tensors."""
@@ -226,12 +227,12 @@ class Batch:
         self.squared_norms = None
 
 
-def _identities(states: Sequence[State]) -> tuple[list[int], list[int]]:
-    """Return what tells whether states were replaced, or have got an entry more or less."""
-    return list(map(id, states)), list(map(len, states))
+def _memory(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Return where tensors are: addresses and sizes in bytes."""
+    return list(map(_data_ptr, tensors)), list(map(_nbytes, tensors))
 
 
 def _versions(states: Sequence[State]) -> tuple[list[int], list[int]]:
     """Return what tells whether the maps of states were replaced or written to; the kernels have them built in."""
-    maps = list(map(itemgetter("qmap1"), states))
+    maps = list(map(_map, states))
     return list(map(id, maps)), list(map(_version, maps))

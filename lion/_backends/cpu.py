@@ -23,7 +23,7 @@ class CpuBackend:
     def update(self, batch: Batch, step: StepCoefficients, loss_scale: LossScale) -> None:
         if loss_scale.skips():
             return
-        params, grads, states, absmax, new_absmax, sizes, steps, histories = batch.table[:LOW]
+        params, grads, states, absmax, new_absmax, sizes, steps, histories = batch.rows[:LOW]
         dtype, threads = DTYPES[batch.dtype], torch.get_num_threads()
         k = np.array(step.values)
         scales = np.ones(len(sizes), np.float32)

@@ -33,7 +33,10 @@ class LossScale(NamedTuple):
             TypeError: If one of them is neither a number nor a tensor.
             ValueError: If one of them is a tensor of more than one element.
         """
-        return cls(*(_scalar(name, getattr(optimizer, name, None)) for name in cls._fields))
+        return cls(
+            _scalar("grad_scale", getattr(optimizer, "grad_scale", None)),
+            _scalar("found_inf", getattr(optimizer, "found_inf", None)),
+        )
 
     def inv_scale(self) -> np.float32:
         """Return the factor of the gradients; waits for the device that the scale is on."""

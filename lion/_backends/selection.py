@@ -22,7 +22,7 @@ _requested: str | None = None
 def use_backend(name: str) -> Iterator[None]:
     """Make every optimizer of this process use one implementation while the context lasts.
 
-    The environment variable ``LION_BACKEND`` does the same for a whole process.
+    The environment variable ``LION_BACKEND``, set before the first step, does the same for a whole process.
 
     Args:
         name: ``"cpu"`` or ``"reference"`` for CPU tensors; ``"cuda"`` for CUDA tensors and, with
@@ -37,6 +37,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _requested = before
+
+
+def requested() -> str | None:
+    """Return the implementation that :func:`use_backend` asks for now; None if it asks for none."""
+    return _requested
 
 
 def for_device(device: torch.device) -> Backend:

@@ -50,20 +50,18 @@ def local(tensor: Tensor) -> Tensor:
     return shard.wait() if hasattr(shard, "wait") else shard
 
 
-def local_gradients(params: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """Return this process's shards of the gradients of those parameters that are DTensors.
+def local_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return gradients, and of the gradients of DTensors this process's shards.
 
     A gradient that is laid out otherwise than its parameter is gathered or summed for it, so every process has to call
     this with the same parameters.
     """
-    kinds = set(map(type, params))
-    if not any(map(is_dtensor_type, kinds)):
-        return {}
-    return {p: _local_gradient(p) for p in params if is_dtensor(p)}
+    if not any(map(is_dtensor_type, set(map(type, params)))):
+        return grads
+    return [_local_gradient(p, grad) if is_dtensor(p) else grad for p, grad in zip(params, grads, strict=True)]
 
 
-def _local_gradient(p: DTensor) -> Tensor:
-    grad: Any = p.grad
+def _local_gradient(p: DTensor, grad: Any) -> Tensor:
     if is_dtensor(grad) and (grad.placements, grad.device_mesh) != (p.placements, p.device_mesh):
         grad = grad.redistribute(p.device_mesh, p.placements)
     return local(grad)

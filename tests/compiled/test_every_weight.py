@@ -19,6 +19,7 @@ from tests.differential.every_weight import (
     boundary_patterns,
     check_parts,
     check_rounding,
+    joined,
 )
 
 ptxrun = pytest.importorskip("ptxrun", reason="the PTX executor is not importable")
@@ -163,6 +164,15 @@ def test_rounding_at_every_boundary(least: bool, wide: bool) -> None:
     patterns = boundary_patterns()
     u = (0x10000 - (patterns & np.uint32(0xFFFF)) - np.uint32(not least)).clip(0, 0xFFFF).astype(np.uint16)
     check_rounding(patterns, u, rounding(wide))
+
+
+@both
+@pytest.mark.exhaustive
+def test_every_two_parts_of_24_bits_are_joined(wide: bool) -> None:
+    for first in range(0, 1 << 24, CHUNK):
+        parts = np.arange(first, first + CHUNK, dtype=np.uint32)
+        high, low = (parts >> np.uint32(8)).astype(np.uint16), parts.astype(np.uint8).view(np.int8)
+        assert (converters(24, wide)[1](high, low) == joined(high, low)).all()
 
 
 @pytest.mark.exhaustive

@@ -30,11 +30,19 @@ def boundary_patterns() -> Patterns:
 
 
 def any_parts(bits: int) -> tuple[Array, Array, Patterns]:
-    """Return every upper part with some lower ones, those that no value is split into as well, and what they are."""
-    high = np.repeat(np.arange(1 << 16, dtype=np.uint16), 8)
-    low = np.random.default_rng(0).integers(-(2 ** (bits - 17)), 2 ** (bits - 17), high.size).astype(LOW[bits])
-    added = np.where((high % 0x8000 == 0) & (low < 0), 0, low).astype(np.int32) << (32 - bits)
-    return high, low, (high.astype(np.uint32) << np.uint32(16)) + added.view(np.uint32)
+    """Return every upper part with some lower ones, ±0 with all, also those of no value; and what they are."""
+    least = -(2 ** (bits - 17))
+    every = np.arange(least, -least)
+    some = np.random.default_rng(0).integers(least, -least, 8 << 16)
+    high = np.concatenate([np.repeat(np.arange(1 << 16), 8), np.repeat([0, 0x8000], every.size)]).astype(np.uint16)
+    low = np.concatenate([some, every, every]).astype(LOW[bits])
+    return high, low, joined(high, low)
+
+
+def joined(high: Array, low: Array) -> Patterns:
+    """Return what upper and lower parts are, by definition."""
+    added = np.where((high % 0x8000 == 0) & (low < 0), 0, low).astype(np.int32) << (16 - 8 * low.itemsize)
+    return (high.astype(np.uint32) << np.uint32(16)) + added.view(np.uint32)
 
 
 def check_parts(patterns: Patterns, bits: int, split: Split, join: Join) -> None:

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from lion import cpu_kernels, reference
 from lion.cpu_kernels import avx2, avx512, pool, portable, quantization
+from lion.cpu_kernels.rounding import RANDOM_ITEMS, prepare
+from lion.reference.rounding import STOCHASTIC
 from tests import strategies
 from tests.comparing import Guarded, assert_same_bits, guarded
 from tests.differential import cpu_paths, cpu_twins
@@ -325,6 +327,19 @@ def test_rounding_at_random_without_a_counter_is_that_of_the_first_step(update: 
     assert 0 < (expected == 1).sum() < size
     for param in params:
         assert_same_bits(param.array, expected)
+
+
+def test_bits_for_rounding_at_random_fill_their_room() -> None:
+    """A block's random bits take most where it begins with the last element of a group of eight."""
+    for first in range(8):
+        room = guarded(np.zeros(RANDOM_ITEMS, np.uint32))
+        rows = np.array([[3, first, 5, 7]])
+        place = prepare(STOCHASTIC, rows, 0, 0, reference.BLOCK_SIZE, room.array.ctypes.data)
+        begin = (place - room.array.ctypes.data) // 2
+        found = room.array.view(np.uint16)[begin : begin + reference.BLOCK_SIZE]
+        assert_same_bits(found, reference.random_bits(reference.BLOCK_SIZE, first, 7, 5, 3))
+        room.check()
+    assert 2 * RANDOM_ITEMS == reference.BLOCK_SIZE + 8, "more room than is needed"
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -111,7 +111,11 @@ MODULES: dict[str, tuple[Run, ...]] = {
         _kernels("test_update_8bit_blockwise", as_python=True, lookups=portable.NAME),
         _kernels("8bit or at_thresholds or quantize", lookups=portable.NAME),
     ),
-    "cpu_kernels/rounding.py": (_kernels("update_32bit or at_random or all_chunks or invalid"),),
+    "cpu_kernels/rounding.py": (
+        _kernels("at_random or all_chunks or invalid", as_python=True),
+        Run(("tests/differential/test_every_weight.py",), ("read", "write")),
+        _kernels("update_32bit or at_random or all_chunks or invalid"),
+    ),
     "cpu_kernels/pool.py": (
         _kernels("squared_norm or invalid", as_python=True),
         _kernels("update_32bit or norm or invalid"),

@@ -433,14 +433,14 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "self.dtype = params[ -1].dtype",
         ),
         (
-            "if key in states[0]:",
+            "keys = [key for key in _ROWS if key in states[0]]",
             "all are alike",
-            "if key in states[ -1]:",
+            "keys = [key for key in _ROWS if key in states[ -1]]",
         ),
         (
-            "self.table = np.zeros((8, len(params)), np.int64)",
+            "self.table = np.zeros((11, len(params)), np.int64)",
             "a row that nobody reads",
-            "self.table = np.zeros(( 9, len(params)), np.int64)",
+            "self.table = np.zeros(( 12, len(params)), np.int64)",
         ),
     ),
     "lion/_backends/cpu.py": (
@@ -536,10 +536,10 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "turns[memory.data_ptr()] += 2",
         ),
         (
-            'paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else 0',
+            "paged_bytes += sum(sharding.local(tensor).nbytes for tensor in large) if form.paged else 0",
             "how much one call updates: speed and memory only",
-            'paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else 1',
-            'paged_bytes += sharding.local(state["state1"]).nbytes if form.paged else -1',
+            "paged_bytes += sum(sharding.local(tensor).nbytes for tensor in large) if form.paged else 1",
+            "paged_bytes += sum(sharding.local(tensor).nbytes for tensor in large) if form.paged else -1",
         ),
         (
             "mine = [(batch, step) for batch, step in prepared if id(batch.params[0]) in places]",
@@ -582,6 +582,14 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "return int((thresholds < 0).sum())",
             "no threshold is 0",
             "return int((thresholds <= 0).sum())",
+        ),
+    ),
+    "lion/_state/master.py": (
+        (
+            "return torch.where((pattern ^ upper) < 0, upper, pattern).view(torch.float32)",
+            "where both are the same, either may be taken",
+            "return torch.where((pattern ^ upper) <= 0, upper, pattern).view(torch.float32)",
+            "return torch.where((pattern ^ upper) < 1, upper, pattern).view(torch.float32)",
         ),
     ),
 }

@@ -48,8 +48,8 @@ def test_float32_momentum_has_the_strides_of_its_parameter():
         assert optimizer.state[p]["state1"].stride() == p.stride()
         p.grad = p.grad.to(memory_format=torch.channels_last) if p.ndim == 4 else p.grad
     # Neither the gradient nor anything else is copied.
-    _, prepared = optimizer._prepared()
-    taken = [tensor.data_ptr() for batch, _ in prepared for tensor in (*batch.operands, *batch.gradients)]
+    batches = [launch.batch for launch in optimizer._prepared()[1]]
+    taken = [tensor.data_ptr() for batch in batches for tensor in (*batch.operands, *batch.gradients)]
     assert sorted(taken) == sorted(tensor.data_ptr() for p in model.parameters() for tensor in (p, p.grad))
 
 

@@ -37,7 +37,9 @@ def test_a_checkpoint_with_tuples(make: Variant, key: str) -> None:
 
 
 @every_kind
-@pytest.mark.parametrize("names", [None, (), "xy", 3, {"a": 1, "b": 2}, {"a"}], ids=repr)
+@pytest.mark.parametrize(
+    "names", [None, (), "xy", 3, {"a": 1, "b": 2}, {"a", "b"}], ids=lambda names: type(names).__name__
+)
 @pytest.mark.parametrize("in_backward", [False, True], ids=["step", "in backward"])
 def test_a_key_for_names_that_holds_none(make: Variant, names: Any, in_backward: bool) -> None:
     """It is a program's own then, and errors count the parameters."""
