@@ -158,7 +158,7 @@ def momentum(state: State, block_size: int = reference.BLOCK_SIZE) -> Tensor:
         local_state = sharding.unwrapped(state, stored, "a parameter")
         return sharding.wrapped({"state1": momentum(local_state)}, stored)["state1"]
     if kind is Kind.TENSORWISE:
-        return state["qmap1"][state["state1"].int()] * state["max1"]
+        return state["qmap1"][state["state1"].int()] * state["max1"].view(())  # that of a 0-dim tensor is 0-dim
     return functional.dequantize_blockwise(
         state["state1"], absmax=state["absmax1"], code=state["qmap1"], blocksize=block_size
     )

@@ -104,7 +104,7 @@ def test_situations(wheel: Path, tmp_path: Path) -> None:
         return done.stdout
 
     assert Path(python("-c", "import lion; print(lion.__file__)").strip()).is_relative_to(installed)
-    assert " passed" in python("-m", "pytest", "-q", "tests/situations")
+    assert " passed" in python("-m", "pytest", "-q", "-n", "2", "tests/situations")
 
 
 @pytest.fixture(scope="module")
