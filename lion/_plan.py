@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
@@ -253,23 +253,49 @@ def _together(members: Sequence[_Member], states: Sequence[State]) -> list[list[
     """Return which members one kernel call can update, by their numbers."""
     batches: dict[tuple[Any, ...], list[int]] = {}
     paged_bytes = 0
-    # Parameters in the same memory take turns: within one call several threads would write to it at once.
-    turns: Counter[int] = Counter()
-    for number, (member, state) in enumerate(zip(members, states, strict=True)):
+    # Parameters that share memory take turns: within one call several threads would write to it at once.
+    turns = _turns([sharding.local(member.p) for member in members])
+    for number, (member, state, turn) in enumerate(zip(members, states, turns, strict=True)):
         p, form = member.p, member.form
-        memory = sharding.local(p)
         portion = paged_bytes // _PORTION
         large = [state[key] for key in sharding.PER_ELEMENT if key in state]
         paged_bytes += sum(sharding.local(tensor).nbytes for tensor in large) if form.paged else 0
-        turn = turns[memory.data_ptr()] if memory.numel() else 0
-        turns[memory.data_ptr()] += 1
         layout = member.shards, sharding.is_dtensor(p)
         override = tuple(member.override.get(key) for key in HYPERPARAMETERS)
         options = member.group, override, member.percentile, member.seed
         dtypes = p.dtype, p.grad.dtype  # type: ignore[union-attr]
-        key = (form, options, p.device, dtypes, layout, form.paged and portion, turn)
+        key = (turn, form, options, p.device, dtypes, layout, form.paged and portion)
         batches.setdefault(key, []).append(number)
-    return list(batches.values())
+    return [batches[key] for key in sorted(batches, key=itemgetter(0))]
+
+
+def _turns(memories: Sequence[Tensor]) -> list[int]:
+    """Return when each tensor is to be updated: after all tensors before it that may share memory with it."""
+    ranges = [_range(memory) for memory in memories]
+    # Tensors that overlap, one with the next.
+    chains: list[list[int]] = []
+    end = 0
+    for number in sorted(range(len(ranges)), key=ranges.__getitem__):
+        first, behind = ranges[number]
+        if first >= end:
+            chains.append([])
+        chains[-1].append(number)
+        end = max(end, behind)
+    turns = [0] * len(ranges)
+    for chain in map(sorted, chains):
+        for place, number in enumerate(chain):
+            first, behind = ranges[number]
+            before = [other for other in chain[:place] if ranges[other][0] < behind and first < ranges[other][1]]
+            turns[number] = max((turns[other] + 1 for other in before), default=0)
+    return turns
+
+
+def _range(memory: Tensor) -> tuple[int, int]:
+    """Return the addresses of a tensor's first byte and of the first behind its last one."""
+    if not memory.numel():
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(memory.shape, memory.stride(), strict=True))
+    return memory.data_ptr(), memory.data_ptr() + (last + 1) * memory.itemsize
 
 
 def _part(

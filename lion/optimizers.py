@@ -152,10 +152,11 @@ class Lion(Optimizer):
                     name = parameter_name(group, len(self.param_groups) - 1, index)
                     check_parameter(p, name)
                     check_weights(p, {**group, **overrides.get(id(p), {})}, name)
-        except (TypeError, ValueError):
+            # A warning may be made an error.
+            warn_of_misspelled(group, len(self.param_groups) - 1)
+        except (TypeError, ValueError, Warning):
             self.param_groups.pop()
             raise
-        warn_of_misspelled(group, len(self.param_groups) - 1)
         self._leave_unscaling_to_fsdp1()
 
     @property

@@ -320,6 +320,14 @@ def test_a_misspelled_option_of_a_group(key, option):
     assert len(caught) == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_group_that_a_warning_refuses_is_not_added():
+    optimizer = lion.Lion8bit([parameter(2)])
+    with pytest.raises(UserWarning, match="did you mean 'weight_decay'"):
+        optimizer.add_param_group({"params": [parameter(2)], "weight_decays": 0.5})
+    assert len(optimizer.param_groups) == 1
+
+
 @every_class
 def test_a_misspelled_argument(cls):
     with pytest.raises(TypeError, match=f"{cls.__name__} has no option 'weight_deacy'; did you mean 'weight_decay'"):

@@ -175,6 +175,38 @@ def test_parameters_in_the_same_memory_take_turns(make):
 
 
 @every_kind
+def test_parameters_that_overlap_take_turns_in_their_order(make):
+    buffer = parameter(900).detach()
+    pieces = [buffer[:300], buffer[300:600], buffer[200:400], buffer[600:], buffer[100:250], buffer[250:350]]
+    params = list(map(nn.Parameter, pieces))
+    alone, copy = buffer.clone(), buffer.clone()
+    optimizer = make(params, **SMALL)
+    set_gradients(params, 0)
+    gradients = [p.grad.clone() for p in params]
+    optimizer.step()
+    together = [part.members for part in optimizer._plans[0]._parts]
+    assert together == [[0, 1, 3], [2], [4, 5]]
+    for piece, grad in zip(pieces, gradients, strict=True):
+        p = nn.Parameter(copy[piece.storage_offset() :][: piece.numel()])
+        p.grad = grad
+        make([p], **SMALL).step()
+    assert_same_bits(buffer, copy)
+    assert not torch.equal(buffer, alone)
+
+
+@every_kind
+def test_many_threads_do_not_write_to_parameters_that_overlap(make):
+    buffer = torch.zeros(3_000_000)
+    params = [nn.Parameter(buffer[:2_000_000]), nn.Parameter(buffer[1_000_000:])]
+    optimizer = make(params, lr=1.0)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert torch.equal(buffer, torch.tensor([-3.0, -6.0, -3.0]).repeat_interleave(1_000_000))
+
+
+@every_kind
 @pytest.mark.parametrize("size", [2, 300])
 def test_parameter_whose_elements_share_memory(make, size):
     """An expanded tensor has no place for its elements' own values: refused, with nothing changed."""
