@@ -194,6 +194,18 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             _ALONE,
             "run(_number_kernel(), 2, 0, steps, rows)",
             "run(_number_kernel(), 1, 1, steps, rows)",
+            "run(_number_kernel(), 1, -1, steps, rows)",
+        ),
+        (
+            "return 0",
+            "an address that nobody reads",
+            "return 1",
+            "return -1",
+        ),
+        (
+            "groups = (element + (end - begin) + 7) // 8 - element // 8",
+            "at most one group more, for which there is room",
+            "groups = (element + (end - begin) + 8) // 8 - element // 8",
         ),
     ),
     "cpu_kernels/pool.py": (
