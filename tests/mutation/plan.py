@@ -113,7 +113,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     ),
     "cpu_kernels/rounding.py": (
         _kernels("at_random or all_chunks or invalid", as_python=True),
-        Run(("tests/differential/test_every_weight.py",), ("read", "write")),
+        Run(("tests/differential/test_every_weight.py",)),
         _kernels("update_32bit or at_random or all_chunks or invalid"),
     ),
     "cpu_kernels/pool.py": (

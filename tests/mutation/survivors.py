@@ -162,6 +162,52 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "order = np.int32(bits ^ np.int32(np.int32(bits >> np.int32( 32)) & np.int32(0x7FFFFFFF)))",
         ),
     ),
+    "cpu_kernels/rounding.py": (
+        (
+            "LOW = 0",
+            "the only column",
+            "LOW = -1",
+        ),
+        (
+            "SPAN = 256",
+            "speed only; the room for whole groups is the same",
+            "SPAN = 257",
+        ),
+        (
+            "return np.empty((0, 0), np.int64)",
+            "rows that nobody reads",
+            "return np.empty(( 1, 0), np.int64)",
+            "return np.empty((0, 1), np.int64)",
+        ),
+        (
+            "return weights.lows.reshape(-1, 1)",
+            _NEGATIVE,
+            "return weights.lows.reshape(- 2, 1)",
+        ),
+        (
+            "rows = np.empty((steps.size, 4), np.int64)",
+            _ROOM,
+            "rows = np.empty((steps.size, 5), np.int64)",
+        ),
+        (
+            "run(_number_kernel(), 1, 0, steps, rows)",
+            _ALONE,
+            "run(_number_kernel(), 2, 0, steps, rows)",
+            "run(_number_kernel(), 1, 1, steps, rows)",
+            "run(_number_kernel(), 1, -1, steps, rows)",
+        ),
+        (
+            "return 0",
+            "an address that nobody reads",
+            "return 1",
+            "return -1",
+        ),
+        (
+            "groups = (element + (end - begin) + 7) // 8 - element // 8",
+            "at most one group more, for which there is room",
+            "groups = (element + (end - begin) + 8) // 8 - element // 8",
+        ),
+    ),
     "cpu_kernels/pool.py": (
         (
             "SMALL = 1 << 20",
