@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from lion.cuda_kernels import launch
 from tests import strategies
 from tests.differential import conversions
-from tests.differential import cuda_cases as cases
+
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+
+from tests.differential import cuda_cases as cases  # noqa: E402
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

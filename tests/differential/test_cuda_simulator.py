@@ -11,7 +11,10 @@ from lion.cuda_kernels import launch, simulator
 from lion.cuda_kernels.tuning import DEFAULT, Tuning
 from tests import strategies
 from tests.comparing import guarded
-from tests.differential import cuda_cases as cases
+
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+
+from tests.differential import cuda_cases as cases  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not simulator.enabled(), reason=simulator.NEEDED)
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lion import cpu_kernels, reference
-from lion.cuda_kernels.quantization import lookup_table
 from lion.cuda_kernels.table import table, work_list
 from lion.reference.rounding import STOCHASTIC
 from tests import strategies
@@ -25,7 +24,7 @@ STATES = {
     "update_8bit_tensorwise": ("codes", "absmax", "new_absmax"),
 }
 WEIGHTS = (strategies.Weights(24), strategies.Weights(32), strategies.Weights(seed=2**64 - 59))
-QMAP, LOOKUP = reference.create_dynamic_map(), lookup_table()
+QMAP = reference.create_dynamic_map()
 # Element counts, elements by which all arrays are off alignment, and the first elements' places in whole parameters.
 LAYOUT = ((700, 0, 0), (300, 1, 8), (0, 0, 0), (530, 0, 2**35 + 16), (41, 0, 3))
 
@@ -122,7 +121,9 @@ def by_cuda_kernels(step: Step, all_tensors: Tensors, launch: Any, reach: Callab
         launch: The module that launches.
         reach: Called with arrays; a context in which kernels can reach them.
     """
-    sizes = np.array([size for size, _, _ in LAYOUT])
+    from lion.cuda_kernels.quantization import lookup_table  # not importable without numba-cuda
+
+    sizes, lookup = np.array([size for size, _, _ in LAYOUT]), lookup_table()
     items, inv_scale = work_list(sizes, 256, 2), np.array([step.inv_scale])
     words = table(
         np.array(step.k),
@@ -139,13 +140,13 @@ def by_cuda_kernels(step: Step, all_tensors: Tensors, launch: Any, reach: Callab
         lows=addresses(all_tensors, "low"),
         first_elements=np.array([first for _, _, first in LAYOUT]),
         parameters=np.arange(len(LAYOUT)),
-        lookup=LOOKUP.ctypes.data,
+        lookup=lookup.ctypes.data,
         inv_scale=inv_scale.ctypes.data,
         seed=step.weights.seed or 0,
     )
     counts = (len(items), len(sizes)) if step.update == "update_8bit_tensorwise" else (len(items),)
     how = STOCHASTIC if step.weights.bits is None else step.weights.bits
-    with reach(items, inv_scale, words, LOOKUP, *(array for t in all_tensors for array in t.values())):
+    with reach(items, inv_scale, words, lookup, *(array for t in all_tensors for array in t.values())):
         getattr(launch, step.update)("bfloat16", words.ctypes.data, *counts, 0, 0, True, step.grad_dtype, how)
 
 
