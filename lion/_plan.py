@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lion import reference
 from lion._backends import Backend, Batch, LossScale, StaleBatch, StepCoefficients, Weights, for_device
-from lion._memory import sharding
+from lion._memory import addresses, sharding
 from lion._options import HYPERPARAMETERS, check_group, check_value, rate_on_host
 from lion._parameters import Group, check_gradient, check_weights, parameter_name
 from lion._state import Form, State, adapted, form_of, put, rounding_seed_of
@@ -271,7 +271,7 @@ def _together(members: Sequence[_Member], states: Sequence[State]) -> list[list[
 
 def _turns(memories: Sequence[Tensor]) -> list[int]:
     """Return when each tensor is to be updated: after all tensors before it that may share memory with it."""
-    ranges = [_range(memory) for memory in memories]
+    ranges = [(memory.data_ptr(), memory.data_ptr() + addresses.extent(memory)) for memory in memories]
     # Tensors that overlap, one with the next.
     chains: list[list[int]] = []
     end = 0
@@ -288,14 +288,6 @@ def _turns(memories: Sequence[Tensor]) -> list[int]:
             before = [other for other in chain[:place] if ranges[other][0] < behind and first < ranges[other][1]]
             turns[number] = max((turns[other] + 1 for other in before), default=0)
     return turns
-
-
-def _range(memory: Tensor) -> tuple[int, int]:
-    """Return the addresses of a tensor's first byte and of the first behind its last one."""
-    if not memory.numel():
-        return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(memory.shape, memory.stride(), strict=True))
-    return memory.data_ptr(), memory.data_ptr() + (last + 1) * memory.itemsize
 
 
 def _part(

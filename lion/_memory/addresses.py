@@ -11,6 +11,14 @@ def layout(tensor: Tensor) -> torch.layout | str:
     return "nested" if tensor.is_nested else tensor.layout
 
 
+def extent(tensor: Tensor) -> int:
+    """Return the bytes from the first element of a tensor to the end of its last one; 0 without elements."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
+
+
 def unaddressable(tensor: Tensor) -> str | None:
     """Return why a kernel cannot be given the address of a tensor's memory, as the end of an error; None if it can.
 
@@ -40,8 +48,7 @@ def unaddressable(tensor: Tensor) -> str | None:
         return f"it is a {kind} without data, on the device meta"
     if tensor.numel() == 0:
         return None
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if (tensor.storage_offset() + last + 1) * tensor.itemsize > storage.nbytes():
+    if tensor.storage_offset() * tensor.itemsize + extent(tensor) > storage.nbytes():
         return "it reaches beyond the end of its memory"
     try:
         exists = storage.data_ptr() != 0
