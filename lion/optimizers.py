@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.autograd import profiler
-from torch.optim import Optimizer, optimizer
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lion import _dynamic_map
 from lion._backends import LossScale, StaleBatch, requested
@@ -411,16 +412,14 @@ class Lion(Optimizer):
             self._plans = (plan, *(kept for kept in self._plans if kept is not plan))[:_KEPT_PLANS]
 
 
-def _is_watched(lion: Lion) -> bool:
-    """Return whether hooks or a profiler wait for a step, or a compiler that knows what torch does for them."""
+def _is_watched(optimizer: Optimizer) -> bool:
+    """Return whether hooks or a profiler wait for an optimizer's steps."""
     return bool(
-        torch.compiler.is_compiling()
-        or lion._optimizer_step_pre_hooks
-        or lion._optimizer_step_post_hooks
-        or optimizer._global_optimizer_pre_hooks
-        or optimizer._global_optimizer_post_hooks
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
         or profiler._is_profiler_enabled
-        or torch._C._autograd._profiler_enabled()
     )
 
 

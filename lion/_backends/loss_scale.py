@@ -29,10 +29,10 @@ class LossScale(NamedTuple):
             TypeError: If one of them is neither a number nor a tensor.
             ValueError: If one of them is a tensor of more than one element.
         """
-        return cls(
-            _scalar("grad_scale", getattr(optimizer, "grad_scale", None)),
-            _scalar("found_inf", getattr(optimizer, "found_inf", None)),
-        )
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if grad_scale is None and found_inf is None:
+            return _NOT_SCALED
+        return cls(_scalar("grad_scale", grad_scale), _scalar("found_inf", found_inf))
 
     @classmethod
     def forget(cls, optimizer: object) -> None:
@@ -54,6 +54,9 @@ class LossScale(NamedTuple):
     def skips(self) -> bool:
         """Return whether nothing is to change; waits for the device that the answer is on."""
         return self.found_inf is not None and self.found_inf.item() != 0
+
+
+_NOT_SCALED = LossScale(None, None)
 
 
 def _scalar(name: str, value: Any) -> Tensor | None:

@@ -159,6 +159,20 @@ def test_global_step_hooks():
     assert seen == ["pre", "post"]
 
 
+@pytest.mark.parametrize("profile", [torch.profiler.profile, torch.autograd.profiler.profile])
+@every_kind
+def test_a_profile_shows_steps(make, profile):
+    p = parameter(3)
+    p.grad = torch.ones(3)
+    optimizer = make([p])
+    optimizer.step()
+    with profile() as seen:
+        optimizer.step()
+    optimizer.step()
+    shown = [(event.key, event.count) for event in seen.key_averages() if event.key.startswith("Optimizer.step")]
+    assert shown == [(f"Optimizer.step#{type(optimizer).__name__}.step", 1)]
+
+
 @every_kind
 def test_state_dict_hooks(make):
     p = parameter(5000)
