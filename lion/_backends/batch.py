@@ -22,8 +22,7 @@ _is_contiguous = Tensor.is_contiguous
 _is_neg = Tensor.is_neg
 _stride: Callable[[Tensor], tuple[int, ...]] = Tensor.stride
 _dtype = attrgetter("dtype")
-_version = attrgetter("_version")
-_map = itemgetter("qmap1")
+_MAP = "qmap1"
 
 # Rows of a batch's table of addresses.
 PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, HISTORY, LOW, FIRST_ELEMENT, NUMBER = range(11)
@@ -110,7 +109,7 @@ class Batch:
         self._in_memory_order = in_memory_order
         self._staged = not in_memory_order and not all(map(_is_contiguous, operands))
         self._lengths = list(map(len, states))
-        keys = [key for key in _ROWS if key in states[0]]
+        keys = [key for key in (*_ROWS, _MAP) if key in states[0]]
         self._entries = itemgetter(*keys)
         tensors = self._tensors(states)
         local = self._local(tensors)
@@ -121,10 +120,14 @@ class Batch:
         self._gradient_forms: Sequence[Any] = ()
         self.table[PARAM], self.table[SIZE] = kept.addresses[:n], self._sizes
         for column, key in enumerate(keys):
-            self.table[_ROWS[key]] = kept.addresses[n + column :: len(keys)]
+            if key in _ROWS:
+                self.table[_ROWS[key]] = kept.addresses[n + column :: len(keys)]
+        # A place of each map, as a rule one for all. The kernels have its values built in.
+        places = range(keys.index(_MAP), len(tensors), len(keys)) if _MAP in keys else ()
+        self._map_places = list({id(tensors[place]): place for place in places}.values())
+        self._map_versions = self._versions(tensors)
         self.paged = paging.ranges(local)
         self.table[FIRST_ELEMENT] = list(map(sharding.first_element, params)) if weights.seed is not None else 0
-        self._maps = None if kind is Kind.FLOAT32 else _versions(states)
         self.params: Sequence[Tensor] = ()
         self._states: Sequence[State] = ()
         self._in_place: Sequence[Tensor] = ()
@@ -186,8 +189,11 @@ class Batch:
             and look.forms[: len(self._forms)] == self._forms
             and list(map(len, states)) == self._lengths
             and (self._identities is None or looks.identities(tensors) == self._identities)
-            and (self._maps is None or _versions(states) == self._maps)
+            and self._versions(tensors) == self._map_versions
         )
+
+    def _versions(self, tensors: Sequence[Tensor]) -> list[int]:
+        return [tensors[place]._version for place in self._map_places]
 
     def _take_gradients(self, grads: Sequence[Tensor], look: Look) -> None:
         """Take gradients, or copies whose elements lie in memory as those of the operands do."""
@@ -233,9 +239,3 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     if not all(at or not tensor.numel() for at, tensor in zip(addresses, tensors, strict=True)):
         raise StaleBatch
     return addresses
-
-
-def _versions(states: Sequence[State]) -> tuple[list[int], list[int]]:
-    """Return what tells whether the maps of states were replaced or written to; the kernels have them built in."""
-    maps = list(map(_map, states))
-    return list(map(id, maps)), list(map(_version, maps))
