@@ -16,7 +16,7 @@ _data_ptr = Tensor.data_ptr
 _stride: Callable[[Tensor], tuple[int, ...]] = Tensor.stride
 _dtype = attrgetter("dtype")
 _nbytes = attrgetter("nbytes")
-# torch has it from 2.11 on.
+# Old releases of torch have none.
 _capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 _DESCRIBE = _capsule and dlpack.function_of(_capsule)
 

@@ -1,0 +1,136 @@
+"""What a step sees of tensors, by torch's C function and by asking Python: the same, and all that it has to see."""
+
+from __future__ import annotations
+
+import ctypes
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+from lion._memory import looks
+from lion.cpu_kernels import dlpack
+
+in_one_pass = pytest.mark.skipif(not looks._DESCRIBE, reason="needs a torch with DLPack's functions in C")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int64, torch.float64)
+
+
+@pytest.fixture(params=[pytest.param(True, marks=in_one_pass, id="in one pass"), pytest.param(False, id="one by one")])
+def way(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(looks, "_DESCRIBE", None)
+
+
+@st.composite
+def tensors(draw):
+    shape = draw(st.lists(st.integers(0, 3), max_size=6))
+    room = torch.zeros(4000, dtype=draw(st.sampled_from(DTYPES)))
+    strides = [draw(st.integers(0, 9)) for _ in shape]
+    return torch.as_strided(room, shape, strides, draw(st.integers(0, 5)))
+
+
+@in_one_pass
+@given(st.lists(tensors(), max_size=5))
+def test_forms_are_as_different_as_dtypes_shapes_and_strides(some):
+    seen = [looks.look([tensor]) for tensor in some]
+    expected = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in some]
+    assert [a.forms == b.forms for a in seen for b in seen] == [a == b for a in expected for b in expected]
+    assert [seen.addresses.tolist() for seen in seen] == [[tensor.data_ptr()] for tensor in some]
+    whole = looks.look(some)
+    assert whole.addresses.tolist() == [tensor.data_ptr() for tensor in some]
+    assert whole.forms == b"".join(seen.forms for seen in seen)  # type: ignore[arg-type]
+    assert not whole.missing
+
+
+@pytest.mark.usefixtures("way")
+@given(st.lists(tensors(), min_size=1, max_size=5), st.integers(0, 5))
+def test_forms_of_the_first_and_the_last_tensors_are_parts_of_those_of_all(some, count):
+    first, last = some[:count], some[count:]
+    forms = looks.look(some).forms
+    length = len(looks.look(first).forms)
+    assert forms[:length] == looks.look(first).forms
+    assert forms[length:] == looks.look(last).forms
+
+
+def moved(p):
+    p.data = p.data.clone()
+
+
+def widened(p):
+    p.data = p.data.double()
+
+
+def read_as_integers(p):
+    p.data = p.data.view(torch.int32)
+
+
+def reshaped(p):
+    p.data = p.data.view(3, 4)
+
+
+def transposed(p):
+    p.data = p.data.view(4, 3).t().contiguous().t()
+
+
+def shortened(p):
+    p.data = p.data[:3]
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("change", [moved, widened, reshaped, transposed, shortened])
+def test_a_look_tells_what_became_of_a_tensor(change):
+    others, p = [torch.zeros(5), torch.zeros(0, 3)], torch.zeros(4, 3)
+    kept = p.data
+    before = looks.look([*others, p])
+    again = looks.look([*others, p])
+    assert (before.addresses.tolist(), before.forms) == (again.addresses.tolist(), again.forms)
+    change(p)
+    after = looks.look([*others, p])
+    assert (before.addresses.tolist(), before.forms) != (after.addresses.tolist(), after.forms)
+    assert kept.numel() == 12
+
+
+@pytest.mark.usefixtures("way")
+def test_memory_is_missing_where_there_are_elements_and_no_memory():
+    freed = torch.zeros(4)
+    assert not looks.look([torch.zeros(3), torch.zeros(0), torch.zeros(2, 0, 3), freed]).missing
+    freed.untyped_storage().resize_(0)
+    assert looks.look([torch.zeros(3), freed, torch.zeros(3)]).missing
+    assert looks.look([torch.zeros(3), freed, torch.zeros(3)]).addresses[1] == 0
+
+
+@in_one_pass
+def test_what_the_function_cannot_describe_is_asked_in_python():
+    meta, some = torch.zeros(2, device="meta"), torch.zeros(2)
+    assert dlpack.describe(looks._DESCRIBE, np.array([id(some), id(meta)])) is None
+    seen = looks.look([some, meta])
+    assert seen.addresses.tolist() == [some.data_ptr(), 0]
+    assert seen.missing
+    with pytest.raises(RuntimeError, match="sparse"):
+        looks.look([some, torch.zeros(2, 2).to_sparse()])
+
+
+def test_a_library_with_another_dlpack_is_asked_in_python():
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+    def capsule(major, function):
+        api = np.array([major, 0, 0, 0, 0, function, 0])
+        return api, new(api.ctypes.data, name, None)
+
+    name = b"dlpack_exchange_api"
+    for major, function, expected in [(1, 77, 77), (1 | 3 << 32, 77, 77), (2, 77, None), (0, 77, None), (1, 0, None)]:
+        api, made = capsule(major, function)
+        assert dlpack.function_of(made) == expected
+        del api
+
+
+def test_identities_are_told_apart():
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    assert looks.identities([a, b]) == looks.identities({a: 1, b: 2})
+    assert looks.identities([a, b]) != looks.identities([b, a])
+    assert looks.identities([a, b])[8:] == looks.identities([b])
+    assert looks.identities([]) == b""
