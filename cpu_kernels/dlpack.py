@@ -20,11 +20,11 @@ from lion.cpu_kernels.device import I32, I64, INTEGER, TABLE, inlined, kernel, l
 
 Int64Array = npt.NDArray[np.int64]
 
-# ``DLPackExchangeAPI`` of DLPack 1: its version, an older one, five functions.
-_MAJOR_VERSION, _API_WORDS, _TENSOR_FROM_OBJECT = 1, 7, 5
+# Of a ``DLPackExchangeAPI``, which begins with its version: where the function is, in bytes.
+_MAJOR_VERSION, _TENSOR_FROM_OBJECT = 1, 40
 # A ``DLTensor``, in words of 8 bytes. The lower half of KIND is the number of dimensions, the upper one the dtype.
 _DATA, _DEVICE, _KIND, _SHAPE, _STRIDES, _OFFSET = range(6)
-_TENSOR_ITEMS = 2 * 6  # of 4 bytes
+_CACHE_LINE = 16  # items of 4 bytes, of which it takes 12
 # What a kernel reports.
 _USED, _MISSING, _REPORT_WORDS = range(3)
 
@@ -41,12 +41,12 @@ def function_of(capsule: object) -> int | None:
     Source:
         https://dmlc.github.io/dlpack/latest/c_api.html
     """
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    api = pointer(capsule, b"dlpack_exchange_api")
+    # An own prototype: others use the attributes of ``ctypes.pythonapi``.
+    pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    api = pointer_of(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
     if ctypes.c_uint32.from_address(api).value != _MAJOR_VERSION:
         return None
-    return (ctypes.c_int64 * _API_WORDS).from_address(api)[_TENSOR_FROM_OBJECT] or None
+    return ctypes.c_int64.from_address(api + _TENSOR_FROM_OBJECT).value or None
 
 
 def describe(function: int, objects: Int64Array) -> tuple[Int64Array, bytes, bool] | None:
@@ -99,7 +99,7 @@ def _look_kernel() -> Any:
     # It works on Python's objects.
     @kernel("", INTEGER, TABLE, TABLE, TABLE, nogil=False)
     def look(report, function, objects, addresses, forms):  # type: ignore[no-untyped-def]
-        tensor = stack(_TENSOR_ITEMS)
+        tensor = stack(_CACHE_LINE)
         report[_USED] = report[_MISSING] = used = 0
         for number in range(objects.size):
             if not _fill(function, objects[number], tensor):
@@ -110,10 +110,10 @@ def _look_kernel() -> Any:
             addresses[number] = data + _word(tensor, _OFFSET)
             dimensions = kind & 0xFFFFFFFF
             begin, used = used, used + 2 * (1 + dimensions)
-            elements = 1
+            empty = False
             for i in range(dimensions):
-                elements *= _word(shape, i)
-            if data == 0 and elements != 0:
+                empty |= _word(shape, i) == 0
+            if data == 0 and not empty:
                 report[_MISSING] = 1
             if used <= forms.size:
                 forms[begin], forms[begin + 1] = device, kind

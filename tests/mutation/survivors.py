@@ -328,6 +328,30 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "builder.store(value, _pointer(builder, args[1], args[2], item), align= 2)",
         ),
     ),
+    "cpu_kernels/dlpack.py": (
+        (
+            "_CACHE_LINE = 16  # items of 4 bytes, of which it takes 12",
+            _ROOM,
+            "_CACHE_LINE = 17  # items of 4 bytes, of which it takes 12",
+            "_CACHE_LINE = 15  # items of 4 bytes, of which it takes 12",
+        ),
+        (
+            "forms = np.empty(8 * len(objects), np.int64)",
+            "where there is too little, there is a second pass",
+            "forms = np.empty( 9 * len(objects), np.int64)",
+            "forms = np.empty( 7 * len(objects), np.int64)",
+        ),
+        (
+            "if report[_USED] > len(forms):",
+            "a second pass sees the same",
+            "if report[_USED] >= len(forms):",
+        ),
+        (
+            "report[_USED] = -1",
+            "whatever is negative",
+            "report[_USED] = - 2",
+        ),
+    ),
     "cpu_kernels/avx512.py": (
         (
             "_FIRST_EXPONENT, _LAST_EXPONENT = 104, 127",

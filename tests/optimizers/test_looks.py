@@ -113,19 +113,47 @@ def test_what_the_function_cannot_describe_is_asked_in_python():
         looks.look([some, torch.zeros(2, 2).to_sparse()])
 
 
-def test_a_library_with_another_dlpack_is_asked_in_python():
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+@pytest.mark.parametrize(
+    ("major", "function", "expected"),
+    [(1, 77, 77), (1 | 3 << 32, 77, 77), (1, -77, -77), (0, 77, None), (2, 77, None), (1, 0, None)],
+)
+def test_the_function_is_that_of_dlpack_1(major, function, expected):
+    new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    make_capsule = new(("PyCapsule_New", ctypes.pythonapi))
+    name, api = b"dlpack_exchange_api", np.array([major, 0, 1, 2, 3, function, 4])
+    assert dlpack.function_of(make_capsule(api.ctypes.data, name, None)) == expected
 
-    def capsule(major, function):
-        api = np.array([major, 0, 0, 0, 0, function, 0])
-        return api, new(api.ctypes.data, name, None)
 
-    name = b"dlpack_exchange_api"
-    for major, function, expected in [(1, 77, 77), (1 | 3 << 32, 77, 77), (2, 77, None), (0, 77, None), (1, 0, None)]:
-        api, made = capsule(major, function)
-        assert dlpack.function_of(made) == expected
-        del api
+def test_every_field_of_a_description_counts():
+    """Of the library there is only a function here, which answers what the object's address points to."""
+    sizes = np.array([2, 3, 30, 1])
+    answers = {
+        "plain": [4000, 1, 2 | 7 << 32, sizes.ctypes.data, sizes.ctypes.data + 16, 0],
+        "with an offset": [4000, 1, 2 | 7 << 32, sizes.ctypes.data, sizes.ctypes.data + 16, 8],
+        "another device": [4000, 2, 2 | 7 << 32, sizes.ctypes.data, sizes.ctypes.data + 16, 0],
+        "the second device": [4000, 1 | 1 << 32, 2 | 7 << 32, sizes.ctypes.data, sizes.ctypes.data + 16, 0],
+        "another dtype": [4000, 1, 2 | 8 << 32, sizes.ctypes.data, sizes.ctypes.data + 16, 0],
+        "fewer dimensions": [4000, 1, 1 | 7 << 32, sizes.ctypes.data, sizes.ctypes.data + 16, 0],
+        "no dimensions": [4000, 1, 7 << 32, 0, 0, 0],
+        "another shape": [4000, 1, 2 | 7 << 32, sizes.ctypes.data + 8, sizes.ctypes.data + 16, 0],
+        "other strides": [4000, 1, 2 | 7 << 32, sizes.ctypes.data, sizes.ctypes.data + 8, 0],
+    }
+    words = {name: np.array(answer) for name, answer in answers.items()}
+
+    @ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    def answer(thing, tensor):
+        ctypes.memmove(tensor, thing, 48)
+        return 0
+
+    function = ctypes.cast(answer, ctypes.c_void_p).value
+    seen = {name: dlpack.describe(function, np.array([word.ctypes.data])) for name, word in words.items()}
+    assert {name: addresses.tolist() for name, (addresses, _, _) in seen.items()} == {
+        name: [4008 if name == "with an offset" else 4000] for name in words
+    }
+    forms = {name: forms for name, (_, forms, _) in seen.items() if name != "with an offset"}
+    assert len(set(forms.values())) == len(forms)
+    assert seen["with an offset"][1] == forms["plain"]
+    assert np.frombuffer(forms["plain"], np.int64).tolist() == [1, 2 | 7 << 32, 2, 3, 30, 1]
 
 
 def test_identities_are_told_apart():
