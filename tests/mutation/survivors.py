@@ -351,6 +351,16 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "whatever is negative",
             "report[_USED] = - 2",
         ),
+        (
+            "report[_MISSING] = 1",
+            "whatever is not 0",
+            "report[_MISSING] = 2",
+        ),
+        (
+            "with builder.if_then(failed, likely=False):",
+            "a hint",
+            "with builder.if_then(failed, likely=True):",
+        ),
     ),
     "cpu_kernels/avx512.py": (
         (
