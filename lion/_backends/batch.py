@@ -113,7 +113,7 @@ class Batch:
         self._entries = itemgetter(*keys)
         tensors = self._tensors(states)
         local = self._local(tensors)
-        self._identities = looks.identities(tensors) if self.sharded else None
+        self._identities = looks.identities(tensors)
         # What a step compares: parameters and states; and the gradients that it last took as they were.
         kept, n = looks.look([*operands, *local]), len(params)
         self._addresses, self._forms = kept.addresses.tobytes(), kept.forms
@@ -188,7 +188,7 @@ class Batch:
             look.addresses[: -len(states)].tobytes() == self._addresses
             and look.forms[: len(self._forms)] == self._forms
             and list(map(len, states)) == self._lengths
-            and (self._identities is None or looks.identities(tensors) == self._identities)
+            and looks.identities(tensors) == self._identities
             and self._versions(tensors) == self._map_versions
         )
 
