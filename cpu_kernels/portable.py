@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lion.cpu_kernels.device import float_to_bits, inlined, load, store
-from lion.reference import create_dynamic_map, quantize_thresholds
+from lion.reference import BLOCK_SIZE, create_dynamic_map, quantize_thresholds
 
 NAME = "portable code"
 
@@ -34,6 +34,9 @@ def _bucket_table() -> npt.NDArray[np.uint32]:
 
 BUCKETS = _bucket_table()
 
+# In a block; a paired block has the even elements first, then the odd ones.
+PAIRS = BLOCK_SIZE // 2
+
 
 @inlined
 def dequantize(codes: int, size: int, block: int) -> None:
@@ -43,11 +46,16 @@ def dequantize(codes: int, size: int, block: int) -> None:
 
 
 @inlined
+def dequantize_paired(codes: int, block: int) -> None:
+    """Write the dynamic map's float32 values of a block's codes as a paired block; takes addresses."""
+    for i in range(PAIRS):
+        store("float32", block, i, QMAP[load("uint8", codes, 2 * i)])
+        store("float32", block, PAIRS + i, QMAP[load("uint8", codes, 2 * i + 1)])
+
+
+@inlined
 def quantize(block: int, entries: int, size: int, reciprocal: np.float32, codes: int) -> None:
     """Write the dynamic map's codes of float32 times a factor; takes addresses.
-
-    The table is looked up in a loop of its own that stores to the stack only: that loop becomes gathers, or stays
-    scalar where gathers are slow, and the others vectorise either way.
 
     Args:
         block: Address of the float32 values, on the stack; destroyed.
@@ -55,6 +63,27 @@ def quantize(block: int, entries: int, size: int, reciprocal: np.float32, codes:
         size: Element count.
         reciprocal: The factor.
         codes: Address of the codes to write.
+    """
+    _look_up(block, entries, size, reciprocal)
+    for i in range(size):
+        store("uint8", codes, i, _code(block, entries, i))
+
+
+@inlined
+def quantize_paired(block: int, entries: int, reciprocal: np.float32, codes: int) -> None:
+    """Write the dynamic map's codes of a paired block, as :func:`quantize`."""
+    _look_up(block, entries, BLOCK_SIZE, reciprocal)
+    for i in range(PAIRS):
+        store("uint8", codes, 2 * i, _code(block, entries, i))
+        store("uint8", codes, 2 * i + 1, _code(block, entries, PAIRS + i))
+
+
+@inlined
+def _look_up(block: int, entries: int, size: int, reciprocal: np.float32) -> None:
+    """Leave the two numbers that :func:`_code` makes a code of.
+
+    The table is looked up in a loop of its own that stores to the stack only: that loop becomes gathers, or stays
+    scalar where gathers are slow, and the others vectorise either way.
     """
     for i in range(size):
         bits = np.int32(float_to_bits(load("float32", block, i) * reciprocal))
@@ -64,6 +93,9 @@ def quantize(block: int, entries: int, size: int, reciprocal: np.float32, codes:
         store("uint32", entries, i, np.uint32(np.int32(order >> np.int32(17)) + np.int32(8192)))
     for i in range(size):
         store("uint32", entries, i, BUCKETS[load("uint32", entries, i)])
-    for i in range(size):
-        shifted = np.uint32(load("uint32", block, i) << np.uint32(7))
-        store("uint8", codes, i, np.uint32(np.uint32(load("uint32", entries, i) + shifted) >> np.uint32(24)))
+
+
+@inlined
+def _code(block: int, entries: int, i: int) -> np.uint32:
+    shifted = np.uint32(load("uint32", block, i) << np.uint32(7))
+    return np.uint32(np.uint32(load("uint32", entries, i) + shifted) >> np.uint32(24))

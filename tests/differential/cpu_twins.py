@@ -43,6 +43,15 @@ def store(dtype: str, address: int, index: int, value: Any) -> None:
     place[0] = value.astype(place.dtype)
 
 
+def load_pair(address: int, index: int) -> tuple[Any, Any]:
+    return load("bfloat16", address, 2 * index), load("bfloat16", address, 2 * index + 1)
+
+
+def store_pair(address: int, index: int, even: np.float32, odd: np.float32) -> None:
+    store("bfloat16", address, 2 * index, even)
+    store("bfloat16", address, 2 * index + 1, odd)
+
+
 def stack(count: int) -> int:
     _stacks.append(np.empty(count, np.uint32))
     return _stacks[-1].ctypes.data
@@ -83,8 +92,23 @@ def dequantize_group(codes: int, values: int) -> None:
     _at("float32", values, 0, quantization.GROUP)[:] = _QMAP[_at("uint8", codes, 0, quantization.GROUP)]
 
 
+def dequantize_pairs(codes: int, even: int, odd: int) -> None:
+    for place, values in enumerate((even, odd)):
+        every_other = _at("uint8", codes, 0, quantization.GROUP)[place::2]
+        _at("float32", values, 0, quantization.GROUP // 2)[:] = _QMAP[every_other]
+
+
 def quantize_group(values: int, reciprocal: np.float32, codes: int) -> bool:
-    quotients = _at("float32", values, 0, quantization.GROUP) * reciprocal
+    return _quantize(_at("float32", values, 0, quantization.GROUP), reciprocal, codes)
+
+
+def quantize_pairs(even: int, odd: int, reciprocal: np.float32, codes: int) -> bool:
+    values = [_at("float32", values, 0, quantization.GROUP // 2) for values in (even, odd)]
+    return _quantize(np.stack(values, axis=1).reshape(-1), reciprocal, codes)
+
+
+def _quantize(values: Array, reciprocal: np.float32, codes: int) -> bool:
+    quotients = values * reciprocal
     next_to_thresholds = np.isin(quotients, _THRESHOLDS)
     # What is not sure may be one too high.
     nearest = np.searchsorted(_THRESHOLDS, quotients, side="left")
@@ -95,8 +119,12 @@ def quantize_group(values: int, reciprocal: np.float32, codes: int) -> bool:
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the twins in the place of the intrinsics."""
     _stacks.clear()
-    twins = (load, store, stack, float_to_bits, bits_to_float, atomic_add, atomic_max_bits, pause, set_float_mode)
+    twins = (
+        *(load, store, load_pair, store_pair, stack, float_to_bits, bits_to_float),
+        *(atomic_add, atomic_max_bits, pause, set_float_mode),
+        *(dequantize_group, dequantize_pairs, quantize_group, quantize_pairs),
+    )
     for module in (clipping, lion, pool, portable, quantization, rounding):
-        for twin in (*twins, dequantize_group, quantize_group):
+        for twin in twins:
             if hasattr(module, twin.__name__):
                 monkeypatch.setattr(module, twin.__name__, twin)

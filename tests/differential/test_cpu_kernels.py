@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from lion import cpu_kernels, reference
 from lion.cpu_kernels import avx2, avx512, pool, portable, quantization
+from lion.cpu_kernels.quantization import dequantize_paired, quantize_paired
 from lion.cpu_kernels.rounding import RANDOM_ITEMS, prepare
 from lion.reference.rounding import STOCHASTIC
 from tests import strategies
 from tests.comparing import Guarded, assert_same_bits, guarded
 from tests.differential import cpu_paths, cpu_twins
-from tests.differential.every_float import around
+from tests.differential.every_float import around, paired
 
 Array = npt.NDArray[Any]
 
@@ -568,6 +569,68 @@ def test_codes_at_thresholds(update: str) -> None:
     )
     assert_same_bits(absmax, np.ones_like(absmax))
     assert_same_bits(codes, np.searchsorted(THRESHOLDS, grad, side="left").astype(np.uint8))
+
+
+@pytest.mark.parametrize("places", [0, 1, 31, 64])
+def test_codes_of_a_paired_block_at_thresholds(places: int) -> None:
+    """Turned by so many places: each value is found at an even and at an odd one."""
+    x = np.concatenate([around(THRESHOLDS), around(QMAP)])
+    x = np.roll(np.resize(x[np.abs(x) <= 1], (10, 256)), places)
+    for block in x:
+        codes, entries = guarded((256,), np.uint8), guarded((256,), np.uint32)
+        pairs = guarded(paired(block[None])[0])
+        quantize_paired(pairs.array.ctypes.data, entries.array.ctypes.data, np.float32(1.0), codes.array.ctypes.data)
+        assert_same_bits(codes.array, np.searchsorted(THRESHOLDS, block, side="left").astype(np.uint8))
+        for buffer in (codes, entries, pairs):
+            buffer.check()
+
+
+@pytest.mark.parametrize("absmax", [0.0, np.nan])
+def test_codes_of_a_paired_block_without_an_absmax_to_quantize_by(absmax: float) -> None:
+    codes, pairs, entries = guarded((256,), np.uint8), np.ones(256, np.float32), np.empty(256, np.uint32)
+    quantize_paired(pairs.ctypes.data, entries.ctypes.data, np.float32(absmax), codes.array.ctypes.data)
+    assert_same_bits(codes.array, np.full(256, 127, np.uint8))
+    codes.check()
+
+
+def test_dequantize_every_code_at_every_place_of_a_paired_block() -> None:
+    for place in range(64):
+        codes, block = np.roll(np.arange(256, dtype=np.uint8), place), guarded((256,), np.float32)
+        dequantize_paired(codes.ctypes.data, block.array.ctypes.data)
+        assert_same_bits(block.array, paired(QMAP[codes][None])[0])
+        block.check()
+
+
+@pytest.mark.skipif(cpu_twins.DISABLE_JIT, reason="Python is too slow for so many values")
+@pytest.mark.parametrize("hyper", [(0.0, (0.9, 0.99), 0.0), (1e-2, (0.9, 0.99), 0.1), (1.0, (0.0, 0.0), 2.0)])
+@pytest.mark.parametrize("extra", [0, 1, 255])
+def test_update_8bit_blockwise_of_every_bfloat16(hyper: tuple[Any, ...], extra: int) -> None:
+    """Every parameter with some gradient, then every gradient with some parameter, and a short block at the end.
+
+    Ascending gradients leave all blocks but those of infinities and NaN finite.
+    """
+    random, dtype = np.random.default_rng(extra), strategies.FLOAT_DTYPES["bfloat16"]
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    some = random.normal(size=(1 << 16) + extra).astype(dtype)
+    k = reference.coefficients(*hyper)
+    for param, grad in [(every, some), (some, every)]:
+        param, grad = (np.resize(array, some.size) for array in (param, grad))
+        codes, absmax = random.integers(0, 256, some.size).astype(np.uint8), random.random(257, np.float32)
+        absmax = absmax[: -(-some.size // 256)]
+        buffers = [guarded(array, offset_bytes=1) for array in (param, grad, codes, absmax)]
+        cpu_kernels.update_8bit_blockwise(
+            "bfloat16",
+            *(addresses([buffer]) for buffer in buffers),
+            np.array([some.size]),
+            np.zeros(1, np.int64),
+            np.ones(1, np.float32),
+            np.array(k, np.float32),
+            1,
+        )
+        expected = reference.update_8bit_blockwise(param, grad, codes, absmax, QMAP, k)
+        for buffer, new in zip(buffers, (expected[0], grad, *expected[1:]), strict=True):
+            assert_same_bits(buffer.array, new)
+            buffer.check()
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads what /proc/cpuinfo says")
