@@ -26,7 +26,7 @@ I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 HALF, FLOAT = ir.HalfType(), ir.FloatType()
 TABLE, FLOATS, INTEGER, FLOAT32 = types.int64[::1], types.float32[::1], types.int64, types.float32
 ROWS = types.int64[:, ::1]
-MAGNITUDE, UPPER_HALF = np.uint32(0x7FFFFFFF), 0xFFFF0000
+MAGNITUDE = np.uint32(0x7FFFFFFF)
 FLOAT_DTYPES = ("float32", "float16", "bfloat16")
 INTEGERS = {"uint64": I64, "uint32": I32, "uint16": I16, "int16": I16, "uint8": I8, "int8": I8}
 MEMORY_TYPES = {"float32": FLOAT, "float16": HALF, "bfloat16": I16, **INTEGERS}
@@ -128,7 +128,7 @@ def store(typingctx, dtype, address, index, value):  # type: ignore[no-untyped-d
         if name == "float16":
             value = builder.fptrunc(value, HALF)
         elif name == "bfloat16":
-            value = builder.trunc(builder.lshr(_rounded_to_bfloat16(builder, value), I32(16)), item)
+            value = _round_to_bfloat16(builder, value)
         elif name in ("uint8", "uint16"):
             value = builder.trunc(value, item)
         builder.store(value, _pointer(builder, args[1], args[2], item), align=1)
@@ -137,42 +137,13 @@ def store(typingctx, dtype, address, index, value):  # type: ignore[no-untyped-d
     return types.void(dtype, types.int64, types.int64, operand), codegen
 
 
-def _rounded_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """Return an integer whose upper half is a float32 rounded to nearest even."""
+def _round_to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     # LLVM's own fptrunc may use an instruction that flushes denormals.
     bits = builder.bitcast(value, I32)
     odd = builder.and_(builder.lshr(bits, I32(16)), I32(1))
-    rounded = builder.add(bits, builder.add(odd, I32(0x7FFF)))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, I32(0x7FFF))), I32(16))
     nan = builder.fcmp_unordered("uno", value, value)
-    return builder.select(nan, I32(0x7FC00000), rounded)
-
-
-@intrinsic
-def load_pair(typingctx, address, index):  # type: ignore[no-untyped-def]
-    """load_pair(address, index): two neighbouring bfloat16 as float32; at any address.
-
-    They are one word in memory, so that vectors are neither widened nor, by :func:`store_pair`, narrowed.
-    """
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pair = builder.load(_pointer(builder, args[0], args[1], I32), align=1)
-        items = [builder.shl(pair, I32(16)), builder.and_(pair, I32(UPPER_HALF))]
-        return context.make_tuple(builder, signature.return_type, [builder.bitcast(item, FLOAT) for item in items])
-
-    return types.UniTuple(types.float32, 2)(types.int64, types.int64), codegen
-
-
-@intrinsic
-def store_pair(typingctx, address, index, even, odd):  # type: ignore[no-untyped-def]
-    """store_pair(address, index, even, odd): two float32 rounded to bfloat16, to nearest even; at any address."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        even, odd = (_rounded_to_bfloat16(builder, value) for value in args[2:])
-        pair = builder.or_(builder.lshr(even, I32(16)), builder.and_(odd, I32(UPPER_HALF)))
-        builder.store(pair, _pointer(builder, args[0], args[1], I32), align=1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32, types.float32), codegen
+    return builder.trunc(builder.select(nan, I32(0x7FC0), rounded), I16)
 
 
 @intrinsic(prefer_literal=True)

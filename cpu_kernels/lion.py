@@ -25,10 +25,8 @@ from lion.cpu_kernels.device import (
     inlined,
     kernel,
     load,
-    load_pair,
     stack,
     store,
-    store_pair,
 )
 from lion.cpu_kernels.pool import Int64Array, enter, leave, pull, run
 from lion.cpu_kernels.portable import PAIRS
@@ -40,7 +38,19 @@ from lion.cpu_kernels.quantization import (
     quantize_paired,
     stored_absmax,
 )
-from lion.cpu_kernels.rounding import RANDOM_ITEMS, SPAN, Weights, mode_of, prepare, read, rows_of, write
+from lion.cpu_kernels.rounding import (
+    RANDOM_ITEMS,
+    SPAN,
+    Weights,
+    load_pair,
+    mode_of,
+    prepare,
+    read,
+    read_pair,
+    rows_of,
+    write,
+    write_pair,
+)
 from lion.reference import BLOCK_SIZE
 from lion.reference.rounding import NEAREST, STOCHASTIC
 
@@ -229,7 +239,7 @@ def _update_32bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
 @by_dtype
 def _update_8bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
     # Whole blocks only: the last one may end within a pair.
-    in_pairs = dtype == grad_dtype == "bfloat16" and mode == NEAREST
+    in_pairs = dtype == grad_dtype == "bfloat16"
 
     @kernel(f"{dtype}_{grad_dtype}_{mode}", TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32, ROWS)
     def update(control, params, grads, codes, absmax, sizes, steps, scales, k, inv_scale, rows):  # type: ignore[no-untyped-def]
@@ -245,15 +255,19 @@ def _update_8bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
                 size = min(BLOCK_SIZE, end - begin)
                 old = load("float32", absmax[tensor], begin // BLOCK_SIZE)
                 maximum = np.uint32(0)
+                place = prepare(mode, rows, tensor, begin, begin + size, randoms)
                 if in_pairs and size == BLOCK_SIZE:
-                    pairs, grad_pairs, odd = param + 2 * begin, grad + 2 * begin, block + 4 * PAIRS
+                    odd = block + 4 * PAIRS
                     dequantize_paired(code + begin, block)
                     for i in range(PAIRS):
-                        (p0, p1), (g0, g1) = load_pair(pairs, i), load_pair(grad_pairs, i)
+                        j = begin // 2 + i
+                        g0, g1 = load_pair(grad, j)
                         g0, g1 = g0 * inv_scale * scale, g1 * inv_scale * scale
                         m0, m1 = load("float32", block, i) * old, load("float32", odd, i) * old
                         c0, c1 = beta1 * m0 + one_minus_beta1 * g0, beta1 * m1 + one_minus_beta1 * g1
-                        store_pair(pairs, i, new_param(p0, c0, lr, decay), new_param(p1, c1, lr, decay))
+                        p0, p1 = read_pair(mode, param, place, j)
+                        p0, p1 = new_param(p0, c0, lr, decay), new_param(p1, c1, lr, decay)
+                        write_pair(mode, param, place, j, p0, p1)
                         m0, m1 = beta2 * m0 + one_minus_beta2 * g0, beta2 * m1 + one_minus_beta2 * g1
                         store("float32", block, i, m0)
                         store("float32", odd, i, m1)
@@ -262,7 +276,6 @@ def _update_8bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
                     new = stored_absmax(maximum)
                     quantize_paired(block, entries, new, code + begin)
                 else:
-                    place = prepare(mode, rows, tensor, begin, begin + size, randoms)
                     dequantize_block(code + begin, size, block)
                     for i in range(size):
                         j = begin + i

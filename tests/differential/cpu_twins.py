@@ -43,15 +43,6 @@ def store(dtype: str, address: int, index: int, value: Any) -> None:
     place[0] = value.astype(place.dtype)
 
 
-def load_pair(address: int, index: int) -> tuple[Any, Any]:
-    return load("bfloat16", address, 2 * index), load("bfloat16", address, 2 * index + 1)
-
-
-def store_pair(address: int, index: int, even: np.float32, odd: np.float32) -> None:
-    store("bfloat16", address, 2 * index, even)
-    store("bfloat16", address, 2 * index + 1, odd)
-
-
 def stack(count: int) -> int:
     _stacks.append(np.empty(count, np.uint32))
     return _stacks[-1].ctypes.data
@@ -120,8 +111,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the twins in the place of the intrinsics."""
     _stacks.clear()
     twins = (
-        *(load, store, load_pair, store_pair, stack, float_to_bits, bits_to_float),
-        *(atomic_add, atomic_max_bits, pause, set_float_mode),
+        *(load, store, stack, float_to_bits, bits_to_float, atomic_add, atomic_max_bits, pause, set_float_mode),
         *(dequantize_group, dequantize_pairs, quantize_group, quantize_pairs),
     )
     for module in (clipping, lion, pool, portable, quantization, rounding):

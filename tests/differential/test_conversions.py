@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from lion import cpu_kernels, reference
-from lion.cpu_kernels.device import load, load_pair, store, store_pair
+from lion.cpu_kernels.device import load, store
+from lion.cpu_kernels.rounding import load_pair, write_pair
+from lion.reference.rounding import NEAREST
 from tests import strategies
 from tests.comparing import assert_same_bits
 from tests.differential import conversions
@@ -41,7 +43,7 @@ def pair_converters() -> tuple[Any, Any]:
     @numba.njit(nogil=True, error_model="numpy")
     def rounds(values: int, pairs: int, results: int) -> None:
         for i in range(pairs):
-            store_pair(results, i, load("float32", values, 2 * i), load("float32", values, 2 * i + 1))
+            write_pair(NEAREST, results, 0, i, load("float32", values, 2 * i), load("float32", values, 2 * i + 1))
 
     @numba.njit(nogil=True, error_model="numpy")
     def widens(values: int, pairs: int, results: int) -> None:

@@ -602,35 +602,49 @@ def test_dequantize_every_code_at_every_place_of_a_paired_block() -> None:
 
 
 @pytest.mark.skipif(cpu_twins.DISABLE_JIT, reason="Python is too slow for so many values")
-@pytest.mark.parametrize("hyper", [(0.0, (0.9, 0.99), 0.0), (1e-2, (0.9, 0.99), 0.1), (1.0, (0.0, 0.0), 2.0)])
-@pytest.mark.parametrize("extra", [0, 1, 255])
-def test_update_8bit_blockwise_of_every_bfloat16(hyper: tuple[Any, ...], extra: int) -> None:
-    """Every parameter with some gradient, then every gradient with some parameter, and a short block at the end.
+@pytest.mark.parametrize("kept", [strategies.NEAREST, *map(strategies.Weights, (24, 32)), strategies.Weights(seed=7)])
+@pytest.mark.parametrize(
+    ("hyper", "extra"), [((0.0, (0.9, 0.99), 0.0), 0), ((1e-2, (0.9, 0.99), 0.1), 1), ((1.0, (0.0, 0.0), 2.0), 255)]
+)
+def test_update_8bit_blockwise_of_every_bfloat16(kept: strategies.Weights, hyper: tuple[Any, ...], extra: int) -> None:
+    """Every parameter with some gradient, every gradient with some parameter, and a short block at the end.
 
-    Ascending gradients leave all blocks but those of infinities and NaN finite.
+    Ascending gradients leave all blocks finite but those of infinities and NaN.
     """
     random, dtype = np.random.default_rng(extra), strategies.FLOAT_DTYPES["bfloat16"]
-    every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
-    some = random.normal(size=(1 << 16) + extra).astype(dtype)
-    k = reference.coefficients(*hyper)
-    for param, grad in [(every, some), (some, every)]:
-        param, grad = (np.resize(array, some.size) for array in (param, grad))
-        codes, absmax = random.integers(0, 256, some.size).astype(np.uint8), random.random(257, np.float32)
-        absmax = absmax[: -(-some.size // 256)]
-        buffers = [guarded(array, offset_bytes=1) for array in (param, grad, codes, absmax)]
-        cpu_kernels.update_8bit_blockwise(
-            "bfloat16",
-            *(addresses([buffer]) for buffer in buffers),
-            np.array([some.size]),
-            np.zeros(1, np.int64),
-            np.ones(1, np.float32),
-            np.array(k, np.float32),
-            1,
+    size = (1 << 16) + extra
+    every, some = np.arange(size).astype(np.uint16).view(dtype), random.normal(size=size).astype(dtype)
+    drawn = [
+        Tensor(
+            param=guarded(param, offset_bytes=1),
+            grad=guarded(grad, offset_bytes=2),
+            momentum=guarded(np.zeros(0, np.float32)),
+            codes=guarded(random.integers(0, 256, size).astype(np.uint8)),
+            absmax=guarded(random.random(-(-size // 256), np.float32)),
+            step=guarded(np.zeros(1, np.float32)),
+            low=guarded(kept.make_lows(size, extra), offset_bytes=3),
+            scale=np.float32(1),
+            offset=extra,
         )
-        expected = reference.update_8bit_blockwise(param, grad, codes, absmax, QMAP, k)
-        for buffer, new in zip(buffers, (expected[0], grad, *expected[1:]), strict=True):
-            assert_same_bits(buffer.array, new)
-            buffer.check()
+        for param, grad in [(every, some), (some, every)]
+    ]
+    k, before = reference.coefficients(*hyper), copies(drawn)
+    expected = []
+    for t, old in zip(drawn, before, strict=True):
+        parts = old["param"], old["grad"], old["codes"], old["absmax"]
+        new = reference.update_8bit_blockwise(*parts, QMAP, k, weights=reference_of(t, old, kept))
+        expected.append(dict(zip(("param", "codes", "absmax", "low"), new, strict=False), step=np.ones(1, np.float32)))
+    cpu_kernels.update_8bit_blockwise(
+        "bfloat16",
+        *table(drawn, "param", "grad", "codes", "absmax"),
+        sizes_of(drawn),
+        *table(drawn, "step"),
+        scales_of(drawn),
+        np.array(k, np.float32),
+        1,
+        weights=weights_of(drawn, kept),
+    )
+    check(drawn, before, expected, k)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads what /proc/cpuinfo says")
