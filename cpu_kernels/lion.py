@@ -273,8 +273,6 @@ def _update_8bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
                         store("float32", odd, i, m1)
                         maximum = max(maximum, np.uint32(float_to_bits(m0) & MAGNITUDE))
                         maximum = max(maximum, np.uint32(float_to_bits(m1) & MAGNITUDE))
-                    new = stored_absmax(maximum)
-                    quantize_paired(block, entries, new, code + begin)
                 else:
                     dequantize_block(code + begin, size, block)
                     for i in range(size):
@@ -289,9 +287,12 @@ def _update_8bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
                         m = beta2 * m + one_minus_beta2 * g
                         store("float32", block, i, m)
                         maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
-                    new = stored_absmax(maximum)
-                    quantize_block(block, entries, size, new, code + begin)
+                new = stored_absmax(maximum)
                 store("float32", absmax[tensor], begin // BLOCK_SIZE, new)
+                if in_pairs and size == BLOCK_SIZE:
+                    quantize_paired(block, entries, new, code + begin)
+                else:
+                    quantize_block(block, entries, size, new, code + begin)
                 begin += size
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
         leave(control, float_mode)

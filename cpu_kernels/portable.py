@@ -57,33 +57,15 @@ def dequantize_paired(codes: int, block: int) -> None:
 def quantize(block: int, entries: int, size: int, reciprocal: np.float32, codes: int) -> None:
     """Write the dynamic map's codes of float32 times a factor; takes addresses.
 
+    The table is looked up in a loop of its own that stores to the stack only: that loop becomes gathers, or stays
+    scalar where gathers are slow, and the others vectorise either way.
+
     Args:
         block: Address of the float32 values, on the stack; destroyed.
         entries: Address of as many uint32 to work in, on the stack.
         size: Element count.
         reciprocal: The factor.
         codes: Address of the codes to write.
-    """
-    _look_up(block, entries, size, reciprocal)
-    for i in range(size):
-        store("uint8", codes, i, _code(block, entries, i))
-
-
-@inlined
-def quantize_paired(block: int, entries: int, reciprocal: np.float32, codes: int) -> None:
-    """Write the dynamic map's codes of a paired block, as :func:`quantize`."""
-    _look_up(block, entries, BLOCK_SIZE, reciprocal)
-    for i in range(PAIRS):
-        store("uint8", codes, 2 * i, _code(block, entries, i))
-        store("uint8", codes, 2 * i + 1, _code(block, entries, PAIRS + i))
-
-
-@inlined
-def _look_up(block: int, entries: int, size: int, reciprocal: np.float32) -> None:
-    """Leave the two numbers that :func:`_code` makes a code of.
-
-    The table is looked up in a loop of its own that stores to the stack only: that loop becomes gathers, or stays
-    scalar where gathers are slow, and the others vectorise either way.
     """
     for i in range(size):
         bits = np.int32(float_to_bits(load("float32", block, i) * reciprocal))
@@ -93,9 +75,17 @@ def _look_up(block: int, entries: int, size: int, reciprocal: np.float32) -> Non
         store("uint32", entries, i, np.uint32(np.int32(order >> np.int32(17)) + np.int32(8192)))
     for i in range(size):
         store("uint32", entries, i, BUCKETS[load("uint32", entries, i)])
+    for i in range(size):
+        shifted = np.uint32(load("uint32", block, i) << np.uint32(7))
+        store("uint8", codes, i, np.uint32(np.uint32(load("uint32", entries, i) + shifted) >> np.uint32(24)))
 
 
 @inlined
-def _code(block: int, entries: int, i: int) -> np.uint32:
-    shifted = np.uint32(load("uint32", block, i) << np.uint32(7))
-    return np.uint32(np.uint32(load("uint32", entries, i) + shifted) >> np.uint32(24))
+def quantize_paired(block: int, entries: int, reciprocal: np.float32, codes: int) -> None:
+    """Write the dynamic map's codes of a paired block, see :func:`quantize`."""
+    quantize(block, entries, BLOCK_SIZE, reciprocal, codes)
+    for i in range(BLOCK_SIZE):
+        store("uint8", block, i, load("uint8", codes, i))
+    for i in range(PAIRS):
+        store("uint8", codes, 2 * i, load("uint8", block, i))
+        store("uint8", codes, 2 * i + 1, load("uint8", block, PAIRS + i))
