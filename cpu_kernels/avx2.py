@@ -28,7 +28,8 @@ NAME = "AVX2"
 AVAILABLE = {"avx2", "fma"} <= FEATURES
 GROUP = 32
 
-BYTES, WORDS, EIGHT_BYTES = ir.VectorType(I8, 32), ir.VectorType(I16, 16), ir.VectorType(I8, 8)
+BYTES, WORDS = ir.VectorType(I8, 32), ir.VectorType(I16, 16)
+EIGHT_BYTES, EIGHT_WORDS = ir.VectorType(I8, 8), ir.VectorType(I16, 8)
 INTEGERS, FLOATS8 = ir.VectorType(I32, 8), ir.VectorType(FLOAT, 8)
 
 _QMAP = create_dynamic_map()
@@ -142,8 +143,8 @@ def _table8(builder: ir.IRBuilder, table: Float32Array | Int32Array, index: ir.V
 
 
 def _decode(builder: ir.IRBuilder, codes: ir.Value) -> ir.Value:
-    """Return the bits of the map's entries of 8 codes."""
-    distance = builder.sub(builder.zext(codes, INTEGERS), splat(INTEGERS, ZERO_CODE))
+    """Return the bits of the map's entries of 8 codes, all integers."""
+    distance = builder.sub(codes, splat(INTEGERS, ZERO_CODE))
     value = builder.sitofp(distance, FLOATS8)
     bits = builder.bitcast(value, INTEGERS)
     power = builder.bitcast(builder.and_(bits, splat(INTEGERS, _SIGN_AND_EXPONENT)), FLOATS8)
@@ -169,27 +170,58 @@ def _map_in_memory(builder: ir.IRBuilder) -> ir.Value:
     return builder.module.globals[name]
 
 
+def _look_up(builder: ir.IRBuilder, codes: ir.Value, places: range) -> list[ir.Value]:
+    """Return the bits of the map's entries of some codes: in memory, by parts that arithmetic leaves idle."""
+    table, entries = _map_in_memory(builder), []
+    for i in places:
+        code = builder.zext(builder.load(at(builder, codes, i, I8), align=1), I64)
+        entries.append(builder.load(builder.gep(table, [I64(0), code]), align=4))
+    return entries
+
+
 @intrinsic
 def dequantize_group(typingctx, codes, values):  # type: ignore[no-untyped-def]
     """dequantize_group(codes, values): write the dynamic map's float32 values of 32 codes; takes addresses.
 
-    A quarter of them is looked up in memory, by parts of the processor that arithmetic leaves idle.
+    A quarter of them is looked up in memory.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         codes, values = args
-        table, looked_up = _map_in_memory(builder), []
-        for i in range(24, 32):
-            code = builder.zext(builder.load(at(builder, codes, i, I8), align=1), I64)
-            looked_up.append(builder.load(builder.gep(table, [I64(0), code]), align=4))
+        looked_up = _look_up(builder, codes, range(24, 32))
         eights = [builder.load(at(builder, codes, 8 * i, EIGHT_BYTES), align=1) for i in range(3)]
         for i, entry in enumerate(looked_up):
             builder.store(entry, at(builder, values, 96 + 4 * i, I32), align=4)
         for i, eight in enumerate(eights):
-            builder.store(_decode(builder, eight), at(builder, values, 32 * i, INTEGERS), align=4)
+            decoded = _decode(builder, builder.zext(eight, INTEGERS))
+            builder.store(decoded, at(builder, values, 32 * i, INTEGERS), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def dequantize_pairs(typingctx, codes, even, odd):  # type: ignore[no-untyped-def]
+    """dequantize_pairs(codes, even, odd): as dequantize_group, but the two values of a pair go to two places.
+
+    The second half of the odd ones is looked up in memory.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        codes, even, odd = args
+        looked_up = _look_up(builder, codes, range(17, 32, 2))
+        words = [builder.load(at(builder, codes, 16 * i, EIGHT_WORDS), align=1) for i in range(2)]
+        pairs = [builder.zext(word, INTEGERS) for word in words]
+        for i, entry in enumerate(looked_up):
+            builder.store(entry, at(builder, odd, 32 + 4 * i, I32), align=4)
+        for i, pair in enumerate(pairs):
+            decoded = _decode(builder, builder.and_(pair, splat(INTEGERS, 0xFF)))
+            builder.store(decoded, at(builder, even, 32 * i, INTEGERS), align=4)
+        decoded = _decode(builder, builder.lshr(pairs[0], splat(INTEGERS, 8)))
+        builder.store(decoded, at(builder, odd, 0, INTEGERS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
 
 
 def _encode(builder: ir.IRBuilder, values: list[ir.Value]) -> list[ir.Value]:
@@ -227,9 +259,38 @@ def _upper_halves(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.bitcast(builder.or_(a, builder.and_(b, splat(INTEGERS, -(1 << 16)))), WORDS)
 
 
+def _quantize(builder: ir.IRBuilder, addresses: list[ir.Value], reciprocal: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return the codes of 8 values at each of four addresses, and whether all are right for sure.
+
+    In each half of the bytes come codes of the first two addresses by turns, then of the others.
+    """
+    # With the sign changed, so that -127 is the end of the range of bytes where -128 is none of the map.
+    factor = spread(builder, FLOATS8, builder.fneg(reciprocal))
+    loaded = [builder.load(at(builder, address, 0, FLOATS8), align=4) for address in addresses]
+    quotients = [builder.fmul(value, factor) for value in loaded]
+    encoded = [builder.bitcast(e, WORDS) for e in _encode(builder, quotients)]
+    # The upper word of a quotient has its sign; where that word is 0, so is k.
+    signs = [builder.bitcast(quotient, WORDS) for quotient in quotients]
+    signed = [call(builder, "x86.avx2.psign.w", WORDS, e, s) for e, s in zip(encoded, signs, strict=True)]
+    halves = [_upper_halves(builder, *(builder.bitcast(s, INTEGERS) for s in signed[i : i + 2])) for i in (0, 2)]
+    codes = builder.xor(call(builder, "x86.avx2.packsswb", BYTES, *halves), splat(BYTES, ZERO_CODE))
+    least = functools.reduce(lambda a, b: builder.select(builder.icmp_unsigned("<", a, b), a, b), encoded)
+    is_zero = builder.bitcast(builder.sext(builder.icmp_signed("==", least, splat(WORDS, 0)), WORDS), BYTES)
+    # A bit of the mask for a byte, and so two for a fraction and two for the k that follows it.
+    mask = builder.and_(call(builder, "x86.avx2.pmovmskb", I32, is_zero), I32(0x33333333))
+    return codes, builder.icmp_signed("==", mask, I32(0))
+
+
+def _store_codes(builder: ir.IRBuilder, codes: ir.Value, order: list[int], address: ir.Value) -> None:
+    """Store bytes after putting groups of four of them in order."""
+    quads = builder.bitcast(codes, INTEGERS)
+    builder.store(shuffle(builder, quads, quads, order), at(builder, address, 0, INTEGERS), align=1)
+
+
 # Where packed bytes belong: word t of vector v lies 2 * t + v % 2 words on in its half of a lane.
 _ORDER_IN_LANES = [16 * lane + 8 * (v // 2) + 2 * t + v % 2 for lane in (0, 1) for v in range(4) for t in range(4)]
 _ORDER_OF_QUADS = [0, 4, 1, 5, 2, 6, 3, 7]
+_ORDER_OF_PAIRS = [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 @intrinsic
@@ -240,24 +301,23 @@ def quantize_group(typingctx, values, reciprocal, codes):  # type: ignore[no-unt
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        values, reciprocal, codes = args
-        # With the sign changed, so that -127 is the end of the range of bytes where -128 is none of the map.
-        factor = spread(builder, FLOATS8, builder.fneg(reciprocal))
-        loaded = [builder.load(at(builder, values, 32 * i, FLOATS8), align=4) for i in range(4)]
-        quotients = [builder.fmul(value, factor) for value in loaded]
-        encoded = [builder.bitcast(e, WORDS) for e in _encode(builder, quotients)]
-        # The upper word of a quotient has its sign; where that word is 0, so is k.
-        signs = [builder.bitcast(quotient, WORDS) for quotient in quotients]
-        signed = [call(builder, "x86.avx2.psign.w", WORDS, e, s) for e, s in zip(encoded, signs, strict=True)]
-        halves = [_upper_halves(builder, *(builder.bitcast(s, INTEGERS) for s in signed[i : i + 2])) for i in (0, 2)]
-        packed = builder.xor(call(builder, "x86.avx2.packsswb", BYTES, *halves), splat(BYTES, ZERO_CODE))
-        quads = builder.bitcast(shuffle(builder, packed, packed, _ORDER_IN_LANES), INTEGERS)
-        quads = shuffle(builder, quads, quads, _ORDER_OF_QUADS)
-        builder.store(quads, at(builder, codes, 0, INTEGERS), align=1)
-        least = functools.reduce(lambda a, b: builder.select(builder.icmp_unsigned("<", a, b), a, b), encoded)
-        is_zero = builder.bitcast(builder.sext(builder.icmp_signed("==", least, splat(WORDS, 0)), WORDS), BYTES)
-        # A bit of the mask for a byte, and so two for a fraction and two for the k that follows it.
-        mask = builder.and_(call(builder, "x86.avx2.pmovmskb", I32, is_zero), I32(0x33333333))
-        return builder.icmp_signed("==", mask, I32(0))
+        values, reciprocal, address = args
+        codes, sure = _quantize(builder, [builder.add(values, I64(32 * i)) for i in range(4)], reciprocal)
+        _store_codes(builder, shuffle(builder, codes, codes, _ORDER_IN_LANES), _ORDER_OF_QUADS, address)
+        return sure
 
     return types.boolean(types.int64, types.float32, types.int64), codegen
+
+
+@intrinsic
+def quantize_pairs(typingctx, even, odd, reciprocal, codes):  # type: ignore[no-untyped-def]
+    """quantize_pairs(even, odd, reciprocal, codes): as quantize_group, the two values of a pair from two places."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        even, odd, reciprocal, address = args
+        addresses = [builder.add(values, I64(offset)) for offset in (0, 32) for values in (even, odd)]
+        codes, sure = _quantize(builder, addresses, reciprocal)
+        _store_codes(builder, codes, _ORDER_OF_PAIRS, address)
+        return sure
+
+    return types.boolean(types.int64, types.int64, types.float32, types.int64), codegen

@@ -12,13 +12,17 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from lion.cpu_kernels.device import FEATURES, FLOAT, I1, I8, I16, I32
+from lion.cpu_kernels.device import FEATURES, FLOAT, I1, I8, I16, I32, I64
 from lion.cpu_kernels.vectors import at, call, constant, shuffle, splat, spread
 from lion.reference import create_dynamic_map, quantize_thresholds
 
 BYTES, WORDS = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
 INTEGERS, FLOATS16 = ir.VectorType(I32, 16), ir.VectorType(FLOAT, 16)
 GROUP = 64
+
+# Of 64 elements as they come, and of the even ones before the odd ones.
+IN_ORDER = np.arange(GROUP)
+PAIRED = np.append(IN_ORDER[::2], IN_ORDER[1::2])
 
 NAME = "AVX-512 VBMI"
 AVAILABLE = {"avx512f", "avx512bw", "avx512vbmi"} <= FEATURES
@@ -99,12 +103,15 @@ def _lookup_bytes(builder: ir.IRBuilder, table: npt.NDArray[np.uint8], codes: ir
     return builder.select(upper_half, _permute(builder, table[128:], codes), _permute(builder, table[:128], codes))
 
 
-def _lookup(builder: ir.IRBuilder, table: npt.NDArray[np.generic], codes: ir.Value) -> list[ir.Value]:
-    """Return the four-byte entries of 64 codes, in four vectors of 16 integers."""
-    # Putting the planes together works within lanes; this order of the codes makes up for that.
-    quads = builder.bitcast(codes, INTEGERS)
-    quads = shuffle(builder, quads, quads, [4 * i + j for j in range(4) for i in range(4)])
-    codes = builder.bitcast(quads, BYTES)
+def _lookup(
+    builder: ir.IRBuilder,
+    table: npt.NDArray[np.generic],
+    codes: ir.Value,
+    order: npt.NDArray[np.int64] = IN_ORDER,
+) -> list[ir.Value]:
+    """Return the four-byte entries of 64 codes, put in an order, in four vectors of 16 integers."""
+    # Putting the planes together works within lanes; turning rows into columns makes up for that.
+    codes = shuffle(builder, codes, codes, order.reshape(4, 4, 4).swapaxes(0, 1).reshape(-1).tolist())
     planes = [_lookup_bytes(builder, plane, codes) for plane in table.view(np.uint8).reshape(-1, 4).T]
     vectors = []
     for upper in (False, True):
@@ -126,6 +133,19 @@ def dequantize_group(typingctx, codes, values):  # type: ignore[no-untyped-def]
     return types.void(types.int64, types.int64), codegen
 
 
+@intrinsic
+def dequantize_pairs(typingctx, codes, even, odd):  # type: ignore[no-untyped-def]
+    """dequantize_pairs(codes, even, odd): as dequantize_group, but the two values of a pair go to two places."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        vectors = _lookup(builder, _QMAP, builder.load(at(builder, args[0], 0, BYTES), align=1), PAIRED)
+        for i, vector in enumerate(vectors):
+            builder.store(vector, at(builder, args[1 + i // 2], 64 * (i % 2), INTEGERS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
 def _bucket_codes(builder: ir.IRBuilder, bits: list[ir.Value]) -> tuple[ir.Value, ir.Value]:
     """Return the codes at the begins of the buckets, and whether values are negative."""
     addends, shifts, codes = _buckets()
@@ -145,28 +165,51 @@ def _bucket_codes(builder: ir.IRBuilder, bits: list[ir.Value]) -> tuple[ir.Value
     return _lookup_bytes(builder, codes, bucket), _concatenate(builder, negative)
 
 
+def _quantize(builder: ir.IRBuilder, addresses: list[ir.Value], reciprocal: ir.Value) -> ir.Value:
+    """Return the codes of 16 values at each of four addresses.
+
+    A value's bucket gives a code, either right or one too low. One comparison with the next threshold tells which.
+    """
+    factor = spread(builder, FLOATS16, reciprocal)
+    values = [builder.load(at(builder, address, 0, FLOATS16), align=4) for address in addresses]
+    bits = [builder.bitcast(builder.fmul(value, factor), INTEGERS) for value in values]
+    codes, negative = _bucket_codes(builder, bits)
+    thresholds = _lookup(builder, np.roll(_threshold_keys(), ZERO_CODE), codes)
+    keys = [builder.or_(builder.shl(b, splat(INTEGERS, 1)), builder.lshr(b, splat(INTEGERS, 31))) for b in bits]
+    beyond = [builder.icmp_unsigned(">=", key, t) for key, t in zip(keys, thresholds, strict=True)]
+    codes = builder.sub(codes, builder.sext(_concatenate(builder, beyond), BYTES))
+    # Codes of negative values are mirrored at that of 0; the map has no -1.
+    last = splat(BYTES, 2 * ZERO_CODE)
+    in_map = builder.select(builder.icmp_unsigned(">", codes, last), last, codes)
+    return builder.select(negative, builder.sub(last, in_map), codes)
+
+
 @intrinsic
 def quantize_group(typingctx, values, reciprocal, codes):  # type: ignore[no-untyped-def]
     """quantize_group(values, reciprocal, codes): write the dynamic map's codes of 64 float32; takes addresses.
 
-    A value's bucket gives a code, either right or one too low. One comparison with the next threshold tells which.
     Return True: all codes are right.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        factor = spread(builder, FLOATS16, args[1])
-        values = [builder.load(at(builder, args[0], 64 * i, FLOATS16), align=4) for i in range(4)]
-        bits = [builder.bitcast(builder.fmul(value, factor), INTEGERS) for value in values]
-        codes, negative = _bucket_codes(builder, bits)
-        thresholds = _lookup(builder, np.roll(_threshold_keys(), ZERO_CODE), codes)
-        keys = [builder.or_(builder.shl(b, splat(INTEGERS, 1)), builder.lshr(b, splat(INTEGERS, 31))) for b in bits]
-        beyond = [builder.icmp_unsigned(">=", key, t) for key, t in zip(keys, thresholds, strict=True)]
-        codes = builder.sub(codes, builder.sext(_concatenate(builder, beyond), BYTES))
-        # Codes of negative values are mirrored at that of 0; the map has no -1.
-        last = splat(BYTES, 2 * ZERO_CODE)
-        in_map = builder.select(builder.icmp_unsigned(">", codes, last), last, codes)
-        codes = builder.select(negative, builder.sub(last, in_map), codes)
-        builder.store(codes, at(builder, args[2], 0, BYTES), align=1)
+        values, reciprocal, address = args
+        codes = _quantize(builder, [builder.add(values, I64(64 * i)) for i in range(4)], reciprocal)
+        builder.store(codes, at(builder, address, 0, BYTES), align=1)
         return I1(1)
 
     return types.boolean(types.int64, types.float32, types.int64), codegen
+
+
+@intrinsic
+def quantize_pairs(typingctx, even, odd, reciprocal, codes):  # type: ignore[no-untyped-def]
+    """quantize_pairs(even, odd, reciprocal, codes): as quantize_group, the two values of a pair from two places."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        even, odd, reciprocal, address = args
+        addresses = [builder.add(values, I64(offset)) for values in (even, odd) for offset in (0, 64)]
+        codes = _quantize(builder, addresses, reciprocal)
+        codes = shuffle(builder, codes, codes, np.argsort(PAIRED).tolist())
+        builder.store(codes, at(builder, address, 0, BYTES), align=1)
+        return I1(1)
+
+    return types.boolean(types.int64, types.int64, types.float32, types.int64), codegen

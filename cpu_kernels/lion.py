@@ -29,8 +29,28 @@ from lion.cpu_kernels.device import (
     store,
 )
 from lion.cpu_kernels.pool import Int64Array, enter, leave, pull, run
-from lion.cpu_kernels.quantization import CHUNK, dequantize_block, quantize_block, stored_absmax
-from lion.cpu_kernels.rounding import RANDOM_ITEMS, SPAN, Weights, mode_of, prepare, read, rows_of, write
+from lion.cpu_kernels.portable import PAIRS
+from lion.cpu_kernels.quantization import (
+    CHUNK,
+    dequantize_block,
+    dequantize_paired,
+    quantize_block,
+    quantize_paired,
+    stored_absmax,
+)
+from lion.cpu_kernels.rounding import (
+    RANDOM_ITEMS,
+    SPAN,
+    Weights,
+    load_pair,
+    mode_of,
+    prepare,
+    read,
+    read_pair,
+    rows_of,
+    write,
+    write_pair,
+)
 from lion.reference import BLOCK_SIZE
 from lion.reference.rounding import NEAREST, STOCHASTIC
 
@@ -218,6 +238,9 @@ def _update_32bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
 
 @by_dtype
 def _update_8bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
+    # Whole blocks only: the last one may end within a pair.
+    in_pairs = dtype == grad_dtype == "bfloat16"
+
     @kernel(f"{dtype}_{grad_dtype}_{mode}", TABLE, TABLE, TABLE, TABLE, TABLE, TABLE, FLOATS, FLOATS, FLOAT32, ROWS)
     def update(control, params, grads, codes, absmax, sizes, steps, scales, k, inv_scale, rows):  # type: ignore[no-untyped-def]
         block, entries, randoms = stack(BLOCK_SIZE), stack(BLOCK_SIZE), stack(RANDOM_ITEMS)
@@ -233,22 +256,43 @@ def _update_8bit_kernel(dtype: str, grad_dtype: str, mode: int) -> Any:
                 old = load("float32", absmax[tensor], begin // BLOCK_SIZE)
                 maximum = np.uint32(0)
                 place = prepare(mode, rows, tensor, begin, begin + size, randoms)
-                dequantize_block(code + begin, size, block)
-                for i in range(size):
-                    j = begin + i
-                    g = load(grad_dtype, grad, j) * inv_scale * scale
-                    m = load("float32", block, i) * old
-                    c = beta1 * m + one_minus_beta1 * g
-                    if mode == NEAREST:
-                        store(dtype, param, j, new_param(load(dtype, param, j), c, lr, decay))
-                    else:
-                        write(mode, param, place, j, new_param(read(mode, param, place, j), c, lr, decay))
-                    m = beta2 * m + one_minus_beta2 * g
-                    store("float32", block, i, m)
-                    maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
+                if in_pairs and size == BLOCK_SIZE:
+                    odd = block + 4 * PAIRS
+                    dequantize_paired(code + begin, block)
+                    for i in range(PAIRS):
+                        j = begin // 2 + i
+                        g0, g1 = load_pair(grad, j)
+                        g0, g1 = g0 * inv_scale * scale, g1 * inv_scale * scale
+                        m0, m1 = load("float32", block, i) * old, load("float32", odd, i) * old
+                        c0, c1 = beta1 * m0 + one_minus_beta1 * g0, beta1 * m1 + one_minus_beta1 * g1
+                        p0, p1 = read_pair(mode, param, place, j)
+                        p0, p1 = new_param(p0, c0, lr, decay), new_param(p1, c1, lr, decay)
+                        write_pair(mode, param, place, j, p0, p1)
+                        m0, m1 = beta2 * m0 + one_minus_beta2 * g0, beta2 * m1 + one_minus_beta2 * g1
+                        store("float32", block, i, m0)
+                        store("float32", odd, i, m1)
+                        maximum = max(maximum, np.uint32(float_to_bits(m0) & MAGNITUDE))
+                        maximum = max(maximum, np.uint32(float_to_bits(m1) & MAGNITUDE))
+                else:
+                    dequantize_block(code + begin, size, block)
+                    for i in range(size):
+                        j = begin + i
+                        g = load(grad_dtype, grad, j) * inv_scale * scale
+                        m = load("float32", block, i) * old
+                        c = beta1 * m + one_minus_beta1 * g
+                        if mode == NEAREST:
+                            store(dtype, param, j, new_param(load(dtype, param, j), c, lr, decay))
+                        else:
+                            write(mode, param, place, j, new_param(read(mode, param, place, j), c, lr, decay))
+                        m = beta2 * m + one_minus_beta2 * g
+                        store("float32", block, i, m)
+                        maximum = max(maximum, np.uint32(float_to_bits(m) & MAGNITUDE))
                 new = stored_absmax(maximum)
                 store("float32", absmax[tensor], begin // BLOCK_SIZE, new)
-                quantize_block(block, entries, size, new, code + begin)
+                if in_pairs and size == BLOCK_SIZE:
+                    quantize_paired(block, entries, new, code + begin)
+                else:
+                    quantize_block(block, entries, size, new, code + begin)
                 begin += size
             tensor, first, begin, end = pull(control, sizes, CHUNK, tensor, first)
         leave(control, float_mode)

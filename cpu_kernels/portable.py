@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lion.cpu_kernels.device import float_to_bits, inlined, load, store
-from lion.reference import create_dynamic_map, quantize_thresholds
+from lion.reference import BLOCK_SIZE, create_dynamic_map, quantize_thresholds
 
 NAME = "portable code"
 
@@ -34,12 +34,23 @@ def _bucket_table() -> npt.NDArray[np.uint32]:
 
 BUCKETS = _bucket_table()
 
+# In a block; a paired block has the even elements first, then the odd ones.
+PAIRS = BLOCK_SIZE // 2
+
 
 @inlined
 def dequantize(codes: int, size: int, block: int) -> None:
     """Write the dynamic map's float32 values of codes; takes addresses."""
     for i in range(size):
         store("float32", block, i, QMAP[load("uint8", codes, i)])
+
+
+@inlined
+def dequantize_paired(codes: int, block: int) -> None:
+    """Write the dynamic map's float32 values of a block's codes as a paired block; takes addresses."""
+    for i in range(PAIRS):
+        store("float32", block, i, QMAP[load("uint8", codes, 2 * i)])
+        store("float32", block, PAIRS + i, QMAP[load("uint8", codes, 2 * i + 1)])
 
 
 @inlined
@@ -67,3 +78,14 @@ def quantize(block: int, entries: int, size: int, reciprocal: np.float32, codes:
     for i in range(size):
         shifted = np.uint32(load("uint32", block, i) << np.uint32(7))
         store("uint8", codes, i, np.uint32(np.uint32(load("uint32", entries, i) + shifted) >> np.uint32(24)))
+
+
+@inlined
+def quantize_paired(block: int, entries: int, reciprocal: np.float32, codes: int) -> None:
+    """Write the dynamic map's codes of a paired block, see :func:`quantize`."""
+    quantize(block, entries, BLOCK_SIZE, reciprocal, codes)
+    for i in range(BLOCK_SIZE):
+        store("uint8", block, i, load("uint8", codes, i))
+    for i in range(PAIRS):
+        store("uint8", codes, 2 * i, load("uint8", block, i))
+        store("uint8", codes, 2 * i + 1, load("uint8", block, PAIRS + i))

@@ -23,6 +23,7 @@ from lion.cpu_kernels.device import (
     store,
 )
 from lion.cpu_kernels.pool import enter, leave, pull, run
+from lion.cpu_kernels.portable import PAIRS
 from lion.reference import BLOCK_SIZE, quantize_thresholds
 
 CHUNK = 16384
@@ -30,14 +31,16 @@ SMALLEST_NORMAL, INFINITY = np.uint32(0x00800000), np.uint32(0x7F800000)
 NAN = np.float32(np.nan)
 ZERO_CODE = np.uint32(127)
 
-# The first that the processor has. Each has the same two functions for GROUP elements.
+# The first that the processor has. Each has the same functions for GROUP elements.
 grouped = next((module for module in (avx512, avx2) if module.AVAILABLE), None)
 LOOKUPS = portable.NAME if grouped is None else grouped.NAME
 
 if grouped is None:
     dequantize_block, _quantize = portable.dequantize, portable.quantize
+    dequantize_paired, _quantize_paired = portable.dequantize_paired, portable.quantize_paired
 else:
     GROUP, dequantize_group, quantize_group = grouped.GROUP, grouped.dequantize_group, grouped.quantize_group
+    dequantize_pairs, quantize_pairs = grouped.dequantize_pairs, grouped.quantize_pairs
 
     # The last group may be short, and there need not be memory beyond the last code.
     @inlined
@@ -71,6 +74,27 @@ else:
         if not sure:
             portable.quantize(block, entries, size, reciprocal, codes)
 
+    @inlined
+    def dequantize_paired(codes: int, block: int) -> None:
+        """Write the dynamic map's values of a whole block's codes, not yet scaled, as a paired block.
+
+        Args:
+            codes: Address of the codes.
+            block: Address of ``BLOCK_SIZE`` float32 on the stack.
+        """
+        odd = block + 4 * PAIRS
+        for i in range(0, BLOCK_SIZE, GROUP):
+            dequantize_pairs(codes + i, block + 2 * i, odd + 2 * i)
+
+    @inlined
+    def _quantize_paired(block: int, entries: int, reciprocal: np.float32, codes: int) -> None:
+        odd = block + 4 * PAIRS
+        sure = True
+        for i in range(0, BLOCK_SIZE, GROUP):
+            sure &= quantize_pairs(block + 2 * i, odd + 2 * i, reciprocal, codes + i)
+        if not sure:
+            portable.quantize_paired(block, entries, reciprocal, codes)
+
 
 @inlined
 def quantize_block(block: int, entries: int, size: int, absmax: np.float32, codes: int) -> None:
@@ -87,6 +111,16 @@ def quantize_block(block: int, entries: int, size: int, absmax: np.float32, code
         _quantize(block, entries, size, np.float32(1.0) / absmax, codes)
     else:
         for i in range(size):
+            store("uint8", codes, i, ZERO_CODE)
+
+
+@inlined
+def quantize_paired(block: int, entries: int, absmax: np.float32, codes: int) -> None:
+    """Write the dynamic map's codes of a paired block, see :func:`quantize_block`."""
+    if absmax > np.float32(0.0):
+        _quantize_paired(block, entries, np.float32(1.0) / absmax, codes)
+    else:
+        for i in range(BLOCK_SIZE):
             store("uint8", codes, i, ZERO_CODE)
 
 

@@ -33,6 +33,7 @@ SPAN = 256
 RANDOM_ITEMS = SPAN // 2 + 4
 
 NAN_BITS, ONE_HALF, WORD = np.uint32(QUIET_NAN), np.uint32(0x8000), np.uint64(0xFFFFFFFF)
+UPPER_HALF, LOWER_HALF = np.uint32(0xFFFF0000), np.uint32(0xFFFF)
 MULTIPLIERS = np.uint64(PHILOX_MULTIPLIERS[0]), np.uint64(PHILOX_MULTIPLIERS[1])
 KEY_STEPS = np.uint64(PHILOX_KEY_STEPS[0]), np.uint64(PHILOX_KEY_STEPS[1])
 
@@ -164,29 +165,91 @@ def draw(seed: int, first: int, groups: int, number: int, parameter: int, random
 @inlined
 def read(mode: int, param: int, place: int, i: int) -> np.float32:
     """Return an element of a bfloat16 parameter, joined with its lower part if it has one."""
-    high = np.uint32(load("uint16", param, i) << np.uint32(16))
-    b = high
+    value = load("bfloat16", param, i)
     if mode == MASTER_32:
-        b = np.uint32(high + load("int16", place, i))
+        value = _joined(value, load("int16", place, i))
     elif mode == MASTER_24:
-        b = np.uint32(high + np.uint32(load("int8", place, i) << np.uint32(8)))
-    # Only a negative lower part of ±0 turns the sign.
-    return bits_to_float(high if np.uint32(b ^ high) > MAGNITUDE else b)
+        value = _joined(value, np.uint32(load("int8", place, i) << np.uint32(8)))
+    return value
 
 
 @inlined
 def write(mode: int, param: int, place: int, i: int, value: np.float32) -> None:
     """Write an element of a bfloat16 parameter, rounded at random or split."""
-    b = float_to_bits(value) if value == value else NAN_BITS
+    b = _bits(value)
     if mode == STOCHASTIC:
         b = np.uint32(b + load("uint16", place, i))
     else:
         if mode == MASTER_24:
-            odd = np.uint32(np.uint32(b >> np.uint32(8)) & np.uint32(1))
-            b = np.uint32(b + np.uint32(odd + np.uint32(0x7F)))
+            b = _rounded(b, 8)
             store("uint8", place, i, np.uint32(b >> np.uint32(8)))
             # What is left of the lower byte carries nothing into the upper part.
         else:
             store("uint16", place, i, b)
         b = np.uint32(b + ONE_HALF)
     store("uint16", param, i, np.uint32(b >> np.uint32(16)))
+
+
+@inlined
+def load_pair(address: int, i: int) -> tuple[np.float32, np.float32]:
+    """Return two neighbouring bfloat16 as float32.
+
+    They are one word in memory, so that vectors need not be widened or, by :func:`write_pair`, narrowed.
+    """
+    pair = load("uint32", address, i)
+    return bits_to_float(np.uint32(pair << np.uint32(16))), bits_to_float(np.uint32(pair & UPPER_HALF))
+
+
+@inlined
+def read_pair(mode: int, param: int, place: int, i: int) -> tuple[np.float32, np.float32]:
+    """Return two neighbouring elements of a bfloat16 parameter, joined with their lower parts if they have some."""
+    even, odd = load_pair(param, i)
+    if mode == MASTER_32:
+        low = load("uint32", place, i)
+        even = _joined(even, np.uint32(np.int32(np.uint32(low << np.uint32(16))) >> np.int32(16)))
+        odd = _joined(odd, np.uint32(np.int32(low) >> np.int32(16)))
+    elif mode == MASTER_24:
+        low = load("int16", place, i)
+        even = _joined(even, np.uint32(np.int32(np.uint32(low << np.uint32(24))) >> np.int32(16)))
+        odd = _joined(odd, np.uint32(low & np.uint32(0xFFFFFF00)))
+    return even, odd
+
+
+@inlined
+def write_pair(mode: int, param: int, place: int, i: int, even: np.float32, odd: np.float32) -> None:
+    """Write two neighbouring elements of a bfloat16 parameter, rounded to nearest or at random, or split."""
+    b, d = _bits(even), _bits(odd)
+    if mode == NEAREST:
+        b, d = _rounded(b, 16), _rounded(d, 16)
+    elif mode == STOCHASTIC:
+        u = load("uint32", place, i)
+        b, d = np.uint32(b + np.uint32(u & LOWER_HALF)), np.uint32(d + np.uint32(u >> np.uint32(16)))
+    else:
+        if mode == MASTER_24:
+            b, d = _rounded(b, 8), _rounded(d, 8)
+            low = np.uint32(np.uint32(b >> np.uint32(8)) & np.uint32(0xFF))
+            store("uint16", place, i, np.uint32(low | np.uint32(d & np.uint32(0xFF00))))
+        else:
+            store("uint32", place, i, np.uint32(np.uint32(b & LOWER_HALF) | np.uint32(d << np.uint32(16))))
+        b, d = np.uint32(b + ONE_HALF), np.uint32(d + ONE_HALF)
+    store("uint32", param, i, np.uint32(np.uint32(b >> np.uint32(16)) | np.uint32(d & UPPER_HALF)))
+
+
+@inlined
+def _joined(value: np.float32, low: np.uint32) -> np.float32:
+    high = float_to_bits(value)
+    b = np.uint32(high + low)
+    # Only a negative lower part of ±0 turns the sign.
+    return value if np.uint32(b ^ high) > MAGNITUDE else bits_to_float(b)
+
+
+@inlined
+def _bits(value: np.float32) -> np.uint32:
+    return float_to_bits(value) if value == value else NAN_BITS
+
+
+@inlined
+def _rounded(b: np.uint32, count: int) -> np.uint32:
+    """Return bits whose upper part is rounded to nearest even; so many lower ones are left over."""
+    odd = np.uint32(np.uint32(b >> np.uint32(count)) & np.uint32(1))
+    return np.uint32(b + np.uint32(odd + np.uint32((1 << (count - 1)) - 1)))

@@ -83,8 +83,23 @@ def dequantize_group(codes: int, values: int) -> None:
     _at("float32", values, 0, quantization.GROUP)[:] = _QMAP[_at("uint8", codes, 0, quantization.GROUP)]
 
 
+def dequantize_pairs(codes: int, even: int, odd: int) -> None:
+    for place, values in enumerate((even, odd)):
+        every_other = _at("uint8", codes, 0, quantization.GROUP)[place::2]
+        _at("float32", values, 0, quantization.GROUP // 2)[:] = _QMAP[every_other]
+
+
 def quantize_group(values: int, reciprocal: np.float32, codes: int) -> bool:
-    quotients = _at("float32", values, 0, quantization.GROUP) * reciprocal
+    return _quantize(_at("float32", values, 0, quantization.GROUP), reciprocal, codes)
+
+
+def quantize_pairs(even: int, odd: int, reciprocal: np.float32, codes: int) -> bool:
+    values = [_at("float32", values, 0, quantization.GROUP // 2) for values in (even, odd)]
+    return _quantize(np.stack(values, axis=1).reshape(-1), reciprocal, codes)
+
+
+def _quantize(values: Array, reciprocal: np.float32, codes: int) -> bool:
+    quotients = values * reciprocal
     next_to_thresholds = np.isin(quotients, _THRESHOLDS)
     # What is not sure may be one too high.
     nearest = np.searchsorted(_THRESHOLDS, quotients, side="left")
@@ -95,8 +110,11 @@ def quantize_group(values: int, reciprocal: np.float32, codes: int) -> bool:
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the twins in the place of the intrinsics."""
     _stacks.clear()
-    twins = (load, store, stack, float_to_bits, bits_to_float, atomic_add, atomic_max_bits, pause, set_float_mode)
+    twins = (
+        *(load, store, stack, float_to_bits, bits_to_float, atomic_add, atomic_max_bits, pause, set_float_mode),
+        *(dequantize_group, dequantize_pairs, quantize_group, quantize_pairs),
+    )
     for module in (clipping, lion, pool, portable, quantization, rounding):
-        for twin in (*twins, dequantize_group, quantize_group):
+        for twin in twins:
             if hasattr(module, twin.__name__):
                 monkeypatch.setattr(module, twin.__name__, twin)

@@ -76,6 +76,11 @@ def not_finite_blocks() -> Iterator[npt.NDArray[np.float32]]:
         yield blocks
 
 
+def paired(blocks: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return a copy of blocks in which the even elements come first, then the odd ones."""
+    return np.concatenate([blocks[:, ::2], blocks[:, 1::2]], axis=1)
+
+
 def check_finite(codes: npt.NDArray[Any], absmax: npt.NDArray[Any], maximum: np.float32, expected: Any) -> None:
     """Fail unless blocks from :func:`finite_blocks` got their codes."""
     assert (absmax == maximum).all() and (codes[:, 0] == 255).all()

@@ -13,6 +13,8 @@ import torch
 
 from lion import cpu_kernels, reference
 from lion.cpu_kernels.device import load, store
+from lion.cpu_kernels.rounding import load_pair, write_pair
+from lion.reference.rounding import NEAREST
 from tests import strategies
 from tests.comparing import assert_same_bits
 from tests.differential import conversions
@@ -34,6 +36,34 @@ def converter(dtype: str) -> Any:
     return convert
 
 
+@functools.cache
+def pair_converters() -> tuple[Any, Any]:
+    """Return loops over the kernels' pairs of bfloat16: one that rounds, one that widens."""
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def rounds(values: int, pairs: int, results: int) -> None:
+        for i in range(pairs):
+            write_pair(NEAREST, results, 0, i, load("float32", values, 2 * i), load("float32", values, 2 * i + 1))
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def widens(values: int, pairs: int, results: int) -> None:
+        for i in range(pairs):
+            even, odd = load_pair(values, i)
+            store("float32", results, 2 * i, even)
+            store("float32", results, 2 * i + 1, odd)
+
+    return rounds, widens
+
+
+def check_rounding_of_pairs(values: npt.NDArray[np.float32], expected: npt.NDArray[np.uint16]) -> None:
+    """Compare what becomes of values, of an even number, at both places of a pair."""
+    found = np.empty(values.size, np.uint16)
+    for step in (1, -1):
+        ordered = np.ascontiguousarray(values[::step])
+        pair_converters()[0](ordered.ctypes.data, values.size // 2, found.ctypes.data)
+        conversions.assert_patterns(found[::step], expected, "bfloat16")
+
+
 def check_rounding(dtype: str, values: npt.NDArray[np.float32], expected: npt.NDArray[np.uint16]) -> None:
     """Compare the reference's rounding, the vectorised one of the kernels, and a kernel's that takes one at a time."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -48,6 +78,8 @@ def check_rounding(dtype: str, values: npt.NDArray[np.float32], expected: npt.ND
     places = codes.ctypes.data, values.ctypes.data, found.ctypes.data
     cpu_kernels.dequantize_blockwise(dtype, *places, values.size, reference.create_dynamic_map(), 1, 2)
     conversions.assert_patterns(found, expected, dtype)
+    if dtype == "bfloat16":
+        check_rounding_of_pairs(values, expected)
 
 
 @half_dtypes
@@ -64,6 +96,14 @@ def test_all_values_widened(dtype: str) -> None:
     sizes, steps, scales = np.array([grad.size]), np.zeros(1, np.int64), np.ones(1, np.float32)
     cpu_kernels.update_32bit(dtype, *places, sizes, steps, scales, k, 1)
     assert_same_bits(momentum, expected)
+
+
+def test_all_values_widened_in_pairs() -> None:
+    patterns = np.arange(1 << 16, dtype=np.uint16)
+    for values in (patterns, np.ascontiguousarray(patterns[::-1])):
+        found = np.empty(values.size, np.float32)
+        pair_converters()[1](values.ctypes.data, values.size // 2, found.ctypes.data)
+        assert_same_bits(found, conversions.widened("bfloat16")[values])
 
 
 @half_dtypes

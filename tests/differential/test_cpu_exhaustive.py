@@ -28,6 +28,7 @@ def update(
     codes: npt.NDArray[np.uint8] | None = None,
     absmax: npt.NDArray[np.float32] | None = None,
     k: npt.NDArray[np.float32] = K,
+    dtype: str = "float32",
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
     """Return codes and absmax of blocks after a step; with beta2 = 0 the new momentum is the gradient."""
     param = np.zeros_like(grad)
@@ -35,7 +36,7 @@ def update(
     absmax = np.zeros(len(grad), np.float32) if absmax is None else absmax.copy()
     places = [np.array([array.ctypes.data]) for array in (param, grad, codes, absmax)]
     sizes, steps, scales = np.array([grad.size]), np.zeros(1, np.int64), np.ones(1, np.float32)
-    cpu_kernels.update_8bit_blockwise("float32", *places, sizes, steps, scales, k, 2)
+    cpu_kernels.update_8bit_blockwise(dtype, *places, sizes, steps, scales, k, 2)
     return codes, absmax
 
 
@@ -48,10 +49,24 @@ def quantize(values: npt.NDArray[np.float32], block_size: int) -> tuple[Any, Any
     return codes, absmax
 
 
+@numba.njit(nogil=True, error_model="numpy")
+def quantize_each(blocks: int, entries: int, count: int, absmax: np.float32, codes: int) -> None:
+    for i in range(count):
+        quantization.quantize_paired(blocks + 1024 * i, entries, absmax, codes + 256 * i)
+
+
+def quantize_paired(blocks: npt.NDArray[np.float32], absmax: np.float32) -> npt.NDArray[np.uint8]:
+    """Return the codes of blocks of one absmax, by way of paired blocks."""
+    codes, entries, pairs = np.empty(blocks.shape, np.uint8), np.empty(256, np.uint32), every_float.paired(blocks)
+    quantize_each(pairs.ctypes.data, entries.ctypes.data, len(blocks), absmax, codes.ctypes.data)
+    return codes
+
+
 def test_every_finite_value_gets_the_nearest_code() -> None:
     for blocks, maximum, expected in every_float.finite_blocks():
         every_float.check_finite(*update(blocks), maximum, expected)
         every_float.check_finite(*quantize(blocks, 256), maximum, expected)
+        every_float.check_finite(quantize_paired(blocks, maximum), maximum, maximum, expected)
 
 
 def test_every_pattern_that_is_not_finite_makes_its_block_nan() -> None:
@@ -81,7 +96,9 @@ def test_all_codes_with_absmax_of_every_exponent() -> None:
         codes = np.tile(np.arange(256, dtype=np.uint8), absmax.size)
         values = reference.dequantize_blockwise(codes, absmax, QMAP, 256)
         expected, expected_absmax = reference.quantize_blockwise(values, QMAP, 256)
-        for actual in (quantize(values, 256), update(np.zeros((absmax.size, 256), np.float32), codes, absmax, k)):
+        zeros = {dtype: np.zeros((absmax.size, 256), item) for dtype, item in strategies.FLOAT_DTYPES.items()}
+        updated = [update(grad, codes, absmax, k, dtype) for dtype, grad in zeros.items()]
+        for actual in (quantize(values, 256), *updated):
             assert_same_bits(actual[0].reshape(-1), expected)
             assert_same_bits(actual[1], expected_absmax)
         if absmax[0] >= 2.0**-104:
@@ -90,18 +107,24 @@ def test_all_codes_with_absmax_of_every_exponent() -> None:
 
 
 @pytest.mark.skipif(quantization.grouped is None, reason="the portable code has no groups")
-def test_codes_of_a_group_that_are_not_the_nearest_are_not_sure() -> None:
+@pytest.mark.parametrize("paired", [False, True])
+def test_codes_of_a_group_that_are_not_the_nearest_are_not_sure(paired: bool) -> None:
     """Alone: in a block, a code that is not sure makes all others be looked up again."""
-    group, quantize_group = quantization.GROUP, quantization.quantize_group
+    group, quantize_group, quantize_pairs = quantization.GROUP, quantization.quantize_group, quantization.quantize_pairs
 
     @numba.njit(nogil=True, error_model="numpy")
     def quantize_groups(values: int, codes: int, sure: npt.NDArray[np.bool_]) -> None:
         for i in range(sure.size):
-            sure[i] = quantize_group(values + 4 * group * i, np.float32(1.0), codes + group * i)
+            first = values + 4 * group * i
+            if paired:
+                sure[i] = quantize_pairs(first, first + 2 * group, np.float32(1.0), codes + group * i)
+            else:
+                sure[i] = quantize_group(first, np.float32(1.0), codes + group * i)
 
     def by_groups(values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
         codes, sure = np.empty(values.size, np.uint8), np.empty(values.size // group, np.bool_)
-        quantize_groups(values.ctypes.data, codes.ctypes.data, sure)
+        groups = every_float.paired(values.reshape(-1, group)) if paired else values
+        quantize_groups(groups.ctypes.data, codes.ctypes.data, sure)
         return codes, sure
 
     unsure = groups = 0

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from lion import cpu_kernels, reference
 from lion.cpu_kernels import avx2, avx512, pool, portable, quantization
+from lion.cpu_kernels.quantization import dequantize_paired, quantize_paired
 from lion.cpu_kernels.rounding import RANDOM_ITEMS, prepare
 from lion.reference.rounding import STOCHASTIC
 from tests import strategies
 from tests.comparing import Guarded, assert_same_bits, guarded
 from tests.differential import cpu_paths, cpu_twins
-from tests.differential.every_float import around
+from tests.differential.every_float import around, paired
 
 Array = npt.NDArray[Any]
 
@@ -568,6 +569,82 @@ def test_codes_at_thresholds(update: str) -> None:
     )
     assert_same_bits(absmax, np.ones_like(absmax))
     assert_same_bits(codes, np.searchsorted(THRESHOLDS, grad, side="left").astype(np.uint8))
+
+
+@pytest.mark.parametrize("places", [0, 1, 31, 64])
+def test_codes_of_a_paired_block_at_thresholds(places: int) -> None:
+    """Turned by so many places: each value is found at an even and at an odd one."""
+    x = np.concatenate([around(THRESHOLDS), around(QMAP)])
+    x = np.roll(np.resize(x[np.abs(x) <= 1], (10, 256)), places)
+    for block in x:
+        codes, entries = guarded((256,), np.uint8), guarded((256,), np.uint32)
+        pairs = guarded(paired(block[None])[0])
+        quantize_paired(pairs.array.ctypes.data, entries.array.ctypes.data, np.float32(1.0), codes.array.ctypes.data)
+        assert_same_bits(codes.array, np.searchsorted(THRESHOLDS, block, side="left").astype(np.uint8))
+        for buffer in (codes, entries, pairs):
+            buffer.check()
+
+
+@pytest.mark.parametrize("absmax", [0.0, np.nan])
+def test_codes_of_a_paired_block_without_an_absmax_to_quantize_by(absmax: float) -> None:
+    codes, pairs, entries = guarded((256,), np.uint8), np.ones(256, np.float32), np.empty(256, np.uint32)
+    quantize_paired(pairs.ctypes.data, entries.ctypes.data, np.float32(absmax), codes.array.ctypes.data)
+    assert_same_bits(codes.array, np.full(256, 127, np.uint8))
+    codes.check()
+
+
+def test_dequantize_every_code_at_every_place_of_a_paired_block() -> None:
+    for place in range(64):
+        codes, block = np.roll(np.arange(256, dtype=np.uint8), place), guarded((256,), np.float32)
+        dequantize_paired(codes.ctypes.data, block.array.ctypes.data)
+        assert_same_bits(block.array, paired(QMAP[codes][None])[0])
+        block.check()
+
+
+@pytest.mark.skipif(cpu_twins.DISABLE_JIT, reason="Python is too slow for so many values")
+@pytest.mark.parametrize("kept", [strategies.NEAREST, *map(strategies.Weights, (24, 32)), strategies.Weights(seed=7)])
+@pytest.mark.parametrize(
+    ("hyper", "extra"), [((0.0, (0.9, 0.99), 0.0), 0), ((1e-2, (0.9, 0.99), 0.1), 1), ((1.0, (0.0, 0.0), 2.0), 255)]
+)
+def test_update_8bit_blockwise_of_every_bfloat16(kept: strategies.Weights, hyper: tuple[Any, ...], extra: int) -> None:
+    """Every parameter with some gradient, every gradient with some parameter, and a short block at the end.
+
+    Ascending gradients leave all blocks finite but those of infinities and NaN.
+    """
+    random, dtype = np.random.default_rng(extra), strategies.FLOAT_DTYPES["bfloat16"]
+    size = (1 << 16) + extra
+    every, some = np.arange(size).astype(np.uint16).view(dtype), random.normal(size=size).astype(dtype)
+    drawn = [
+        Tensor(
+            param=guarded(param, offset_bytes=1),
+            grad=guarded(grad, offset_bytes=2),
+            momentum=guarded(np.zeros(0, np.float32)),
+            codes=guarded(random.integers(0, 256, size).astype(np.uint8)),
+            absmax=guarded(random.random(-(-size // 256), np.float32)),
+            step=guarded(np.zeros(1, np.float32)),
+            low=guarded(kept.make_lows(size, extra), offset_bytes=3),
+            scale=np.float32(1),
+            offset=extra,
+        )
+        for param, grad in [(every, some), (some, every)]
+    ]
+    k, before = reference.coefficients(*hyper), copies(drawn)
+    expected = []
+    for t, old in zip(drawn, before, strict=True):
+        parts = old["param"], old["grad"], old["codes"], old["absmax"]
+        new = reference.update_8bit_blockwise(*parts, QMAP, k, weights=reference_of(t, old, kept))
+        expected.append(dict(zip(("param", "codes", "absmax", "low"), new, strict=False), step=np.ones(1, np.float32)))
+    cpu_kernels.update_8bit_blockwise(
+        "bfloat16",
+        *table(drawn, "param", "grad", "codes", "absmax"),
+        sizes_of(drawn),
+        *table(drawn, "step"),
+        scales_of(drawn),
+        np.array(k, np.float32),
+        1,
+        weights=weights_of(drawn, kept),
+    )
+    check(drawn, before, expected, k)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads what /proc/cpuinfo says")

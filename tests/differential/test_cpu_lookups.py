@@ -17,51 +17,68 @@ from tests.differential.every_float import THRESHOLDS, around
 QMAP = reference.create_dynamic_map()
 ONE = np.float32(1.0)
 
-pytestmark = pytest.mark.parametrize("grouped", [avx512, avx2], ids=lambda module: module.NAME)
+pytestmark = [
+    pytest.mark.parametrize("grouped", [avx512, avx2], ids=lambda module: module.NAME),
+    pytest.mark.parametrize("paired", [False, True]),
+]
+
+
+def dequantize(grouped: ModuleType, paired: bool, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return the values of groups of codes."""
+    values = np.empty((codes.size // grouped.GROUP, grouped.GROUP), np.float32)
+    for i, group in enumerate(values):
+        address = codes[i * grouped.GROUP :].ctypes.data
+        if paired:
+            halves = np.empty((2, grouped.GROUP // 2), np.float32)
+            llvm_in_numpy.run(grouped.dequantize_pairs, address, *(half.ctypes.data for half in halves))
+            group[::2], group[1::2] = halves
+        else:
+            llvm_in_numpy.run(grouped.dequantize_group, address, group.ctypes.data)
+    return values.reshape(-1)
 
 
 def quantize(
-    grouped: ModuleType, values: npt.NDArray[np.float32]
+    grouped: ModuleType, paired: bool, values: npt.NDArray[np.float32], reciprocal: np.float32 = ONE
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     """Return the codes of groups of values, the last one filled up, and which groups are sure."""
     groups = np.resize(values, (-(-values.size // grouped.GROUP), grouped.GROUP))
     codes, sure = np.empty(groups.shape, np.uint8), np.empty(len(groups), np.bool_)
     for i, group in enumerate(groups):
-        sure[i] = llvm_in_numpy.run(grouped.quantize_group, group.ctypes.data, ONE, codes[i].ctypes.data)
+        parts = np.ascontiguousarray(group.reshape(-1, 2).T) if paired else [group]
+        run = grouped.quantize_pairs if paired else grouped.quantize_group
+        addresses = [part.ctypes.data for part in parts]
+        sure[i] = llvm_in_numpy.run(run, *addresses, reciprocal, codes[i].ctypes.data)
     return codes.reshape(-1)[: values.size], sure
 
 
-@pytest.mark.parametrize("shift", [0, 8, 16, 24])
-def test_every_code(grouped: ModuleType, shift: int) -> None:
+@pytest.mark.parametrize("shift", [0, 1, 8, 15, 16, 24])
+def test_every_code(grouped: ModuleType, paired: bool, shift: int) -> None:
     codes = np.roll(np.arange(256, dtype=np.uint8), shift)
-    values = np.empty(256, np.float32)
-    for i in range(0, 256, grouped.GROUP):
-        places = codes[i:].ctypes.data, values[i:].ctypes.data
-        llvm_in_numpy.run(grouped.dequantize_group, *places)
-    assert_same_bits(values, QMAP[codes])
+    assert_same_bits(dequantize(grouped, paired, codes), QMAP[codes])
 
 
-def test_codes_next_to_thresholds_are_the_nearest_or_not_sure(grouped: ModuleType) -> None:
+def test_codes_next_to_thresholds_are_the_nearest_or_not_sure(grouped: ModuleType, paired: bool) -> None:
     values = around(THRESHOLDS)
     nearest = np.searchsorted(THRESHOLDS, values, side="left")
-    for group in (np.repeat(value, grouped.GROUP) for value in values[quantize(grouped, values)[0] != nearest]):
-        assert not quantize(grouped, group)[1].any()
+    for group in (np.repeat(value, grouped.GROUP) for value in values[quantize(grouped, paired, values)[0] != nearest]):
+        assert not quantize(grouped, paired, group)[1].any()
 
 
-def test_codes_away_from_thresholds_are_the_nearest_and_sure(grouped: ModuleType) -> None:
+def test_codes_away_from_thresholds_are_the_nearest_and_sure(grouped: ModuleType, paired: bool) -> None:
     ends = np.array([0.0, 2.0**-149, 2.0**-126, 2.0**-32, 2.0**-31, 2.0**-23, 1 - 2.0**-24, 1 + 2.0**-22], np.float32)
     entries = around(QMAP)
     values = np.concatenate(
         [entries[np.abs(entries) < 1.5], ends, -ends, np.random.default_rng(0).uniform(-1, 1, 3000)]
     )
     values = values.astype(np.float32)
-    codes, sure = quantize(grouped, values)
+    codes, sure = quantize(grouped, paired, values)
     np.testing.assert_array_equal(codes, np.searchsorted(THRESHOLDS, values, side="left"))
     assert sure.all()
 
 
-def test_values_are_divided_by_the_greatest(grouped: ModuleType) -> None:
+def test_values_are_divided_by_the_greatest(grouped: ModuleType, paired: bool) -> None:
     values = np.random.default_rng(1).standard_normal(grouped.GROUP).astype(np.float32)
-    reciprocal, codes = ONE / np.abs(values).max(), np.empty(grouped.GROUP, np.uint8)
-    assert llvm_in_numpy.run(grouped.quantize_group, values.ctypes.data, reciprocal, codes.ctypes.data)
+    reciprocal = ONE / np.abs(values).max()
+    codes, sure = quantize(grouped, paired, values, reciprocal)
     np.testing.assert_array_equal(codes, np.searchsorted(THRESHOLDS, values * reciprocal, side="left"))
+    assert sure.all()

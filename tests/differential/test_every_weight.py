@@ -11,13 +11,16 @@ import pytest
 
 from lion import reference
 from lion.cpu_kernels.device import load, store
-from lion.cpu_kernels.rounding import read, write
+from lion.cpu_kernels.rounding import read, read_pair, write, write_pair
 from lion.reference.rounding import BFLOAT16, STOCHASTIC
 from tests.differential import cpu_twins
 from tests.differential.every_weight import (
     LOW,
     Array,
+    Join,
     Patterns,
+    Round,
+    Split,
     any_parts,
     boundary_patterns,
     check_parts,
@@ -31,38 +34,55 @@ all_bits = pytest.mark.parametrize("bits", LOW)
 
 
 @functools.cache
-def loops(mode: int) -> tuple[Any, Any]:
+def loops(mode: int, paired: bool) -> tuple[Any, Any]:
     """Return loops over the kernels' write and read, which the compiler vectorises as it does theirs."""
 
     @numba.njit(nogil=True, error_model="numpy")
     def write_all(values: int, size: int, param: int, place: int) -> None:
-        for i in range(size):
-            write(mode, param, place, i, load("float32", values, i))
+        if paired:
+            for i in range(size // 2):
+                even, odd = load("float32", values, 2 * i), load("float32", values, 2 * i + 1)
+                write_pair(mode, param, place, i, even, odd)
+        else:
+            for i in range(size):
+                write(mode, param, place, i, load("float32", values, i))
 
     @numba.njit(nogil=True, error_model="numpy")
     def read_all(param: int, place: int, size: int, values: int) -> None:
-        for i in range(size):
-            store("float32", values, i, read(mode, param, place, i))
+        if paired:
+            for i in range(size // 2):
+                even, odd = read_pair(mode, param, place, i)
+                store("float32", values, 2 * i, even)
+                store("float32", values, 2 * i + 1, odd)
+        else:
+            for i in range(size):
+                store("float32", values, i, read(mode, param, place, i))
 
     return write_all, read_all
 
 
-def split_by_kernel(patterns: Patterns, bits: int) -> tuple[Array, Array]:
-    high, low = np.empty(patterns.size, np.uint16), np.empty(patterns.size, LOW[bits])
-    loops(bits)[0](patterns.ctypes.data, patterns.size, high.ctypes.data, low.ctypes.data)
-    return high, low
+def by_kernel(paired: bool, step: int = 1) -> tuple[Split, Join, Round]:
+    """Return what the kernels do; with step -1 values are at each other's places in their pairs."""
 
+    def split(patterns: Patterns, bits: int) -> tuple[Array, Array]:
+        high, low = np.empty(patterns.size, np.uint16), np.empty(patterns.size, LOW[bits])
+        ordered = patterns[::step].copy()
+        loops(bits, paired)[0](ordered.ctypes.data, ordered.size, high.ctypes.data, low.ctypes.data)
+        return high[::step], low[::step]
 
-def join_by_kernel(high: Array, low: Array) -> Patterns:
-    values = np.empty(high.size, np.uint32)
-    loops(16 + 8 * low.itemsize)[1](high.ctypes.data, low.ctypes.data, high.size, values.ctypes.data)
-    return values
+    def join(high: Array, low: Array) -> Patterns:
+        values, high, low = np.empty(high.size, np.uint32), high[::step].copy(), low[::step].copy()
+        read_all = loops(16 + 8 * low.itemsize, paired)[1]
+        read_all(high.ctypes.data, low.ctypes.data, high.size, values.ctypes.data)
+        return values[::step]
 
+    def round_at_random(patterns: Patterns, u: Array) -> Array:
+        rounded, patterns, u = np.empty(patterns.size, np.uint16), patterns[::step].copy(), u[::step].copy()
+        write_all = loops(STOCHASTIC, paired)[0]
+        write_all(patterns.ctypes.data, patterns.size, rounded.ctypes.data, u.ctypes.data)
+        return rounded[::step]
 
-def round_by_kernel(patterns: Patterns, u: Array) -> Array:
-    rounded = np.empty(patterns.size, np.uint16)
-    loops(STOCHASTIC)[0](patterns.ctypes.data, patterns.size, rounded.ctypes.data, u.ctypes.data)
-    return rounded
+    return split, join, round_at_random
 
 
 def split_by_reference(patterns: Patterns, bits: int) -> tuple[Array, Array]:
@@ -80,25 +100,27 @@ def round_by_reference(patterns: Patterns, u: Array) -> Array:
 
 IMPLEMENTATIONS = {
     "reference": (split_by_reference, join_by_reference, round_by_reference),
-    "kernel": (split_by_kernel, join_by_kernel, round_by_kernel),
+    "kernel": by_kernel(paired=False),
+    "kernel, in pairs": by_kernel(paired=True),
+    "kernel, in turned pairs": by_kernel(paired=True, step=-1),
 }
-both = pytest.mark.parametrize("name", IMPLEMENTATIONS)
+each = pytest.mark.parametrize("name", IMPLEMENTATIONS)
 
 
-@both
+@each
 @all_bits
 def test_parts_at_every_boundary(bits: int, name: str) -> None:
     check_parts(boundary_patterns(), bits, *IMPLEMENTATIONS[name][:2])
 
 
-@both
+@each
 @all_bits
 def test_any_two_parts_are_joined(bits: int, name: str) -> None:
     high, low, expected = any_parts(bits)
     assert (IMPLEMENTATIONS[name][1](high, low) == expected).all()
 
 
-@both
+@each
 @pytest.mark.parametrize("least", [True, False])
 def test_rounding_at_every_boundary(least: bool, name: str) -> None:
     patterns = boundary_patterns()
@@ -108,7 +130,7 @@ def test_rounding_at_every_boundary(least: bool, name: str) -> None:
 
 
 @pytest.mark.exhaustive
-@both
+@each
 @all_bits
 def test_every_float32_is_split_and_joined(bits: int, name: str) -> None:
     for first in range(0, 1 << 32, CHUNK):
@@ -117,7 +139,7 @@ def test_every_float32_is_split_and_joined(bits: int, name: str) -> None:
 
 
 @pytest.mark.exhaustive
-@both
+@each
 def test_every_float32_is_rounded_at_random(name: str) -> None:
     rng = np.random.default_rng(0)
     for first in range(0, 1 << 32, CHUNK):

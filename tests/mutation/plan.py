@@ -115,7 +115,8 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "cpu_kernels/rounding.py": (
         _kernels("at_random or all_chunks or invalid", as_python=True),
         Run(("tests/differential/test_every_weight.py",)),
-        _kernels("update_32bit or at_random or all_chunks or invalid"),
+        Run(("tests/differential/test_conversions.py", "-k", "bfloat16 or pairs")),
+        _kernels("update_32bit or at_random or all_chunks or every_bfloat16 or invalid"),
     ),
     "cpu_kernels/pool.py": (
         _kernels("squared_norm or invalid", as_python=True),
