@@ -219,10 +219,10 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "SMALL = 1 << 19",
         ),
         (
-            "if threads == 1 or elements <= SMALL:",
+            "if threads == 1 or sizes is None or sizes.sum() <= SMALL:",
             "where a caller begins to wake threads: speed only",
-            "if threads == 1 or elements < SMALL:",
-            "if threads == 1 or elements > SMALL:",
+            "if threads == 1 or sizes is None or sizes.sum() < SMALL:",
+            "if threads == 1 or sizes is None or sizes.sum() > SMALL:",
         ),
         (
             "NEXT, ACTIVE, CONTROL_SIZE = 8, 16, 24",
@@ -240,9 +240,9 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "CLOSED = 1 << 61",
         ),
         (
-            "if threads == 1 or elements <= SMALL:",
+            "if threads == 1 or sizes is None or sizes.sum() <= SMALL:",
             "there are never 0 threads here",
-            "if threads == 0 or elements <= SMALL:",
+            "if threads == 0 or sizes is None or sizes.sum() <= SMALL:",
         ),
         (
             "return tensor, first, 0, 0",
