@@ -9,6 +9,7 @@ import ctypes
 import functools
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
@@ -27,6 +28,11 @@ _DATA, _DEVICE, _KIND, _SHAPE, _STRIDES, _OFFSET = range(6)
 _CACHE_LINE = 16  # items of 4 bytes, of which it takes 12
 # What a kernel reports.
 _USED, _MISSING, _REPORT_WORDS = range(3)
+_CAPSULE_NAME = b"dlpack_exchange_api"
+# Functions of our own: the types of those that ctypes.pythonapi keeps are set by other libraries, too.
+_CAPSULE = ctypes.py_object, ctypes.c_char_p
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, *_CAPSULE)(("PyCapsule_IsValid", ctypes.pythonapi))
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, *_CAPSULE)(("PyCapsule_GetPointer", ctypes.pythonapi))
 
 
 def function_of(capsule: object) -> int | None:
@@ -36,14 +42,15 @@ def function_of(capsule: object) -> int | None:
         capsule: ``__dlpack_c_exchange_api__`` of the tensors' class.
 
     Returns:
-        The address; None if the library has another version of DLPack, or no such function.
+        The address; None if the library has another version of DLPack, or no such function, or if Numba is not to
+        compile what would call it.
 
     Source:
         https://dmlc.github.io/dlpack/latest/c_api.html
     """
-    # An own prototype: others use the attributes of ``ctypes.pythonapi``.
-    pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
-    api = pointer_of(("PyCapsule_GetPointer", ctypes.pythonapi))(capsule, b"dlpack_exchange_api")
+    if numba.config.DISABLE_JIT or not _is_valid(capsule, _CAPSULE_NAME):
+        return None
+    api = _pointer(capsule, _CAPSULE_NAME)
     if ctypes.c_uint32.from_address(api).value != _MAJOR_VERSION:
         return None
     return ctypes.c_int64.from_address(api + _TENSOR_FROM_OBJECT).value or None

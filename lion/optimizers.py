@@ -198,9 +198,12 @@ class Lion(Optimizer):
         """
         watched = Optimizer.profile_hook_step(func)
 
+        # torch.compile calls it as it is: Numba has compiled it already, and hooks may come later.
+        @_disable_dynamo
         @wraps(func)
         def step(self: Lion, *args: Any, **kwargs: Any) -> Any:
-            return (watched if _is_watched(self) else func)(self, *args, **kwargs)
+            # A closure may add hooks, too.
+            return (watched if args or kwargs or _is_watched(self) else func)(self, *args, **kwargs)
 
         return step
 
@@ -210,8 +213,6 @@ class Lion(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    # torch.compile calls it as it is: Numba has compiled it already.
-    @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.
 

@@ -513,9 +513,15 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "self.dtype = params[ -1].dtype",
         ),
         (
-            "keys = [key for key in _ROWS if key in states[0]]",
+            "keys = [key for key in (*_ROWS, _MAP) if key in states[0]]",
             "all are alike",
-            "keys = [key for key in _ROWS if key in states[ -1]]",
+            "keys = [key for key in (*_ROWS, _MAP) if key in states[ -1]]",
+        ),
+        (
+            "self.table[FIRST_ELEMENT] = list(map(sharding.first_element, params)) if weights.seed is not None else 0",
+            "without rounding at random nobody reads it",
+            "self.table[FIRST_ELEMENT] = list(map(sharding.first_element, params)) if weights.seed is not None else 1",
+            "self.table[FIRST_ELEMENT] = list(map(sharding.first_element, params)) if weights.seed is not None else -1",
         ),
         (
             "self.table = np.zeros((11, len(params)), np.int64)",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from torch import nn
+from torch import Tensor, nn
 
 from lion._memory import looks
 from lion.cpu_kernels import dlpack
@@ -113,15 +116,47 @@ def test_what_the_function_cannot_describe_is_asked_in_python():
         looks.look([some, torch.zeros(2, 2).to_sparse()])
 
 
+NAME, OTHER_NAME = b"dlpack_exchange_api", b"dltensor"
+
+
 @pytest.mark.parametrize(
-    ("major", "function", "expected"),
-    [(1, 77, 77), (1 | 3 << 32, 77, 77), (1, -77, -77), (0, 77, None), (2, 77, None), (1, 0, None)],
+    ("name", "major", "function", "expected"),
+    [
+        (NAME, 1, 77, 77),
+        (NAME, 1 | 3 << 32, 77, 77),
+        (NAME, 1, -77, -77),
+        (NAME, 2, 77, None),
+        (NAME, 0, 77, None),
+        (NAME, 1, 0, None),
+        (OTHER_NAME, 1, 77, None),
+    ],
 )
-def test_the_function_is_that_of_dlpack_1(major, function, expected):
+def test_a_library_with_another_dlpack_is_asked_in_python(name, major, function, expected):
     new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    make_capsule = new(("PyCapsule_New", ctypes.pythonapi))
-    name, api = b"dlpack_exchange_api", np.array([major, 0, 1, 2, 3, function, 4])
-    assert dlpack.function_of(make_capsule(api.ctypes.data, name, None)) == expected
+    api = np.array([major, 0, 1, 2, 3, function, 4])
+    capsule = new(("PyCapsule_New", ctypes.pythonapi))(api.ctypes.data, name, None)
+    assert dlpack.function_of(capsule) == expected
+
+
+def test_a_library_with_something_else_in_the_place_of_its_functions_is_asked_in_python():
+    assert [dlpack.function_of(other) for other in (123, "capsule", object)] == [None] * 3
+
+
+@in_one_pass
+def test_what_others_set_for_functions_of_python_stays_as_they_set_it(monkeypatch):
+    shared = ctypes.pythonapi.PyCapsule_GetPointer
+    monkeypatch.setattr(shared, "restype", ctypes.POINTER(ctypes.c_int))
+    monkeypatch.setattr(shared, "argtypes", [ctypes.py_object])
+    assert dlpack.function_of(Tensor.__dlpack_c_exchange_api__) == looks._DESCRIBE
+    assert (shared.restype, shared.argtypes) == (ctypes.POINTER(ctypes.c_int), [ctypes.py_object])
+
+
+def test_where_numba_compiles_nothing_tensors_are_asked_in_python():
+    """For the backends that need no compiler, as while somebody looks for a fault with a debugger."""
+    program = "import lion, torch; p = torch.nn.Parameter(torch.zeros(9)); p.grad = p + 1; lion.Lion([p]).step()"
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "LION_BACKEND": "reference"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_field_of_a_description_counts():

@@ -220,6 +220,17 @@ def test_parameter_whose_elements_share_memory(make, size):
 
 
 @every_kind
+def test_an_empty_parameter_beside_one_whose_gradient_is_copied(make):
+    p, empty = parameter(30, 20), parameter(0, 3, seed=1)
+    copies = {q: ByHand.of(make, q, **SMALL) for q in (p, empty)}
+
+    def before(step):
+        p.grad = p.grad.t().contiguous().t()
+
+    follow(make([p, empty], **SMALL), copies, 2, before=before)
+
+
+@every_kind
 def test_gradient_objects_replaced_and_kept(make):
     p = parameter(3000)
     copy = ByHand.of(make, p, **SMALL)
