@@ -228,13 +228,16 @@ class Lion(Optimizer):
             BaseException: Whatever stops a step halfway, an interrupt for instance. Its ``__cause__`` is then a
                 RuntimeError that names the parameters that have moved; the next step goes on from there.
         """
+        enabled = torch.is_grad_enabled()
         try:
-            # In less time than no_grad().
-            with torch.set_grad_enabled(False):
-                return self._step(closure)
+            # An interrupt may come within no_grad() and leave it on; this takes less time, too.
+            torch._C._set_grad_enabled(False)
+            return self._step(closure)
         except BaseException:
             LossScale.forget(self)
             raise
+        finally:
+            torch._C._set_grad_enabled(enabled)
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None

@@ -115,8 +115,11 @@ class Batch:
         local = self._local(tensors)
         self._identities = looks.identities(tensors)
         # What a step compares: parameters and states; and the gradients that it last took as they were.
-        kept, n = looks.look([*operands, *local]), len(params)
-        self._addresses, self._forms = kept.addresses.tobytes(), kept.forms
+        own, n = [*operands, *local], len(params)
+        kept = looks.look(own)
+        self._addresses = kept.addresses.tobytes()
+        # From both ways to look: gradients may need the slower one.
+        self._forms = {type(forms): forms for forms in (kept.forms, looks.asked(own).forms)}
         self._gradient_forms: Sequence[Any] = ()
         self.table[PARAM], self.table[SIZE] = kept.addresses[:n], self._sizes
         for column, key in enumerate(keys):
@@ -184,9 +187,11 @@ class Batch:
 
     def _fits(self, look: Look, tensors: Sequence[Tensor], states: Sequence[State]) -> bool:
         """Return whether parameters and states are as they were when the batch was made."""
+        forms = self._forms.get(type(look.forms))
         return (
-            look.addresses[: -len(states)].tobytes() == self._addresses
-            and look.forms[: len(self._forms)] == self._forms
+            forms is not None
+            and look.addresses[: -len(states)].tobytes() == self._addresses
+            and look.forms[: len(forms)] == forms
             and list(map(len, states)) == self._lengths
             and looks.identities(tensors) == self._identities
             and self._versions(tensors) == self._map_versions
@@ -197,7 +202,7 @@ class Batch:
 
     def _take_gradients(self, grads: Sequence[Tensor], look: Look) -> None:
         """Take gradients, or copies whose elements lie in memory as those of the operands do."""
-        self.gradients, forms = grads, look.forms[len(self._forms) :]
+        self.gradients, forms = grads, look.forms[len(self._forms[type(look.forms)]) :]
         negative = any(map(_is_neg, grads))
         if forms != self._gradient_forms or negative:
             if list(map(_numel, grads)) != self._sizes or list(map(_dtype, grads)) != self._gradient_dtypes:

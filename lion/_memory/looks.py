@@ -42,7 +42,15 @@ def look(tensors: Sequence[Tensor]) -> Look:
         objects = np.fromiter(tensors, object, len(tensors))
         described = dlpack.describe(_DESCRIBE, np.frombuffer(objects, np.int64))
         if described is not None:
-            return Look(*described)
+            seen = Look(*described)
+            # What has no memory itself may forward questions to a tensor that has.
+            if not seen.missing:
+                return seen
+    return asked(tensors)
+
+
+def asked(tensors: Sequence[Tensor]) -> Look:
+    """Return what tensors are like, asked one question at a time; other forms than one pass gives."""
     # With the sizes, the strides tell the shapes.
     sizes = list(map(_nbytes, tensors))
     forms = list(zip(map(_dtype, tensors), sizes, map(_stride, tensors), strict=True))

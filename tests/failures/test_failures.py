@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -239,6 +241,41 @@ def test_no_worker_thread_can_be_had(monkeypatch):
         assert not workers()
     follow(optimizer, copies, 3, seed=70)
     assert workers()
+
+
+@every_kind
+@pytest.mark.parametrize("recording", [True, False])
+def test_wherever_an_interrupt_comes_autograd_goes_on_as_before(make: Variant, recording: bool) -> None:
+    """Interrupts come where Python calls a function, or returns from one."""
+    p = parameter(300)
+    p.grad = torch.ones(300)
+    optimizer = make([p], min_8bit_size=0)
+    optimizer.step()
+    left, before = 0, sys.gettrace()
+
+    def interrupting(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal left
+        if event in ("call", "return"):
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return interrupting
+
+    interrupts = 0
+    with torch.set_grad_enabled(recording):
+        while True:
+            left = interrupts + 1
+            optimizer.step()  # so that none makes a new plan
+            try:
+                sys.settrace(interrupting)
+                optimizer.step()
+                break
+            except KeyboardInterrupt:
+                interrupts += 1
+            finally:
+                sys.settrace(before)
+            assert torch.is_grad_enabled() == recording
+    assert interrupts > 20
 
 
 def test_keyboard_interrupt():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from tests.comparing import assert_same_bits, guarded, to_numpy
 from tests.optimizers.support import (
@@ -485,3 +486,37 @@ def test_nothing_of_the_gradient_is_kept_alive():
         grads = [weakref.ref(q.grad) for q in (p, strided)]
         optimizer.zero_grad()
         assert [ref() for ref in refs + grads] == [None] * 4
+
+
+class Forwarding(torch.Tensor):
+    """A tensor without memory that passes all questions on to another."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        own, kwargs = tree_map(lambda x: x.inner if isinstance(x, Forwarding) else x, (args, kwargs or {}))
+        return func(*own, **kwargs)
+
+    __torch_dispatch__ = __torch_function__
+
+
+@every_kind
+def test_gradients_that_forward_questions_to_another_tensor(make):
+    p = parameter(600)
+    copy = ByHand.of(make, p, **SMALL)
+    optimizer = make([p], **SMALL)
+    for i in range(6):
+        set_gradients([p], i)
+        copy.step(p.grad, SMALL["lr"], weight_decay=SMALL["weight_decay"])
+        if i in (1, 2, 4, 5):
+            p.grad = Forwarding(p.grad)
+        if i == 5:
+            p.data = p.data.clone()
+        optimizer.step()
+        copy.check(p, optimizer, f"step {i}")
