@@ -174,10 +174,10 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "SPAN = 257",
         ),
         (
-            "return np.empty((0, 0), np.int64)",
+            "_NO_ROWS = np.empty((0, 0), np.int64)",
             "rows that nobody reads",
-            "return np.empty(( 1, 0), np.int64)",
-            "return np.empty((0, 1), np.int64)",
+            "_NO_ROWS = np.empty(( 1, 0), np.int64)",
+            "_NO_ROWS = np.empty((0, 1), np.int64)",
         ),
         (
             "return weights.lows.reshape(-1, 1)",
