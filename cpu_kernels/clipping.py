@@ -34,9 +34,9 @@ def squared_norm(
         ValueError: If ``dtype`` is another or ``threads`` is below 1.
     """
     partials = np.empty(int(np.maximum(-(-sizes // CHUNK), 1).sum()), np.float32)
-    run(_partials_kernel(dtype), threads, sizes.sum(), grads, sizes, partials, inv_scale)
+    run(_partials_kernel(dtype), threads, sizes, grads, sizes, partials, inv_scale)
     norms = np.empty(sizes.size, np.float32)
-    run(_totals_kernel(), threads, 0, sizes, partials, norms)
+    run(_totals_kernel(), threads, None, sizes, partials, norms)
     return norms
 
 
@@ -63,7 +63,7 @@ def percentile_clipping(
     """
     if not 1 <= percentile < HISTORY:
         raise ValueError(f"Invalid percentile: {percentile}; 1 to 99 is allowed")
-    run(_clip_kernel(), threads, 0, squared_norms, gnorm_vecs, steps, scales, percentile)
+    run(_clip_kernel(), threads, None, squared_norms, gnorm_vecs, steps, scales, percentile)
 
 
 @inlined

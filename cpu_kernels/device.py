@@ -42,8 +42,8 @@ DEFAULT_FLOAT_MODE = 0x1F80 if X86 else 0
 inlined = numba.njit(nogil=True, error_model="numpy")
 
 
-def kernel(dtype: str, *arguments: types.Type) -> Callable[[Callable[..., None]], Any]:
-    """Return a decorator that compiles a kernel, to run without the GIL, or loads it from the disk.
+def kernel(dtype: str, *arguments: types.Type, nogil: bool = True) -> Callable[[Callable[..., None]], Any]:
+    """Return a decorator that compiles a kernel, or loads it from the disk.
 
     A cached kernel has a file name of its own for the content of all sources, the dtype and the processor: Numba
     itself would see changes of one file only, and processes that fill its cache at once may mix up kernels that
@@ -52,11 +52,12 @@ def kernel(dtype: str, *arguments: types.Type) -> Callable[[Callable[..., None]]
     Args:
         dtype: What is in the kernel's closure, if anything.
         arguments: Numba types of the kernel's arguments, without the control block, which comes first.
+        nogil: Whether it runs without the GIL (default: True).
     """
 
     def compiled(function: Callable[..., None]) -> Any:
         function.__qualname__ += f"_{dtype}_{_fingerprint()}"
-        jit = functools.partial(numba.njit, types.void(TABLE, *arguments), nogil=True, error_model="numpy")
+        jit = functools.partial(numba.njit, types.void(TABLE, *arguments), nogil=nogil, error_model="numpy")
         try:
             return jit(cache=True)(function)
         except (OSError, RuntimeError):  # there is no folder that can be written, or the disk is full
@@ -97,9 +98,9 @@ def _pointer(builder: ir.IRBuilder, address: ir.Value, index: ir.Value, item: ir
 
 @intrinsic(prefer_literal=True)
 def load(typingctx, dtype, address, index):  # type: ignore[no-untyped-def]
-    """load(dtype, address, index): the item as float32, or an integer of up to 32 bits as uint32; at any address."""
+    """load(dtype, address, index): the item as float32, or an integer as uint32 or uint64; at any address."""
     name = dtype.literal_value
-    result = types.uint32 if name in INTEGERS else types.float32
+    result = (types.uint64 if name == "uint64" else types.uint32) if name in INTEGERS else types.float32
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         item = MEMORY_TYPES[name]

@@ -93,7 +93,7 @@ def update_32bit(
     """
     update = _update_32bit_kernel(dtype, grad_dtype or dtype, mode=mode_of(dtype, weights))
     rows = rows_of(weights, steps)
-    run(update, threads, np.add.reduce(sizes), params, grads, momentums, sizes, steps, scales, k, inv_scale, rows)
+    run(update, threads, sizes, params, grads, momentums, sizes, steps, scales, k, inv_scale, rows)
 
 
 def update_8bit_blockwise(
@@ -135,7 +135,7 @@ def update_8bit_blockwise(
     """
     update = _update_8bit_kernel(dtype, grad_dtype or dtype, mode=mode_of(dtype, weights))
     rows = rows_of(weights, steps)
-    run(update, threads, np.add.reduce(sizes), params, grads, codes, absmax, sizes, steps, scales, k, inv_scale, rows)
+    run(update, threads, sizes, params, grads, codes, absmax, sizes, steps, scales, k, inv_scale, rows)
 
 
 def update_8bit_tensorwise(
@@ -175,15 +175,14 @@ def update_8bit_tensorwise(
     Raises:
         ValueError: If a dtype is another, ``weights`` does not fit, or ``threads`` is below 1.
     """
-    elements = sizes.sum()
     move = _move_tensorwise_kernel(dtype, grad_dtype or dtype, mode=mode_of(dtype, weights))
     requantize = _requantize_tensorwise_kernel(grad_dtype or dtype)
     reset, finish = _ends_of_tensorwise_kernels()
     rows = rows_of(weights, steps)
-    run(reset, threads, 0, new_absmax)
-    run(move, threads, elements, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k, inv_scale, rows)
-    run(requantize, threads, elements, grads, codes, absmax, new_absmax, sizes, scales, k, inv_scale)
-    run(finish, threads, 0, absmax, new_absmax, sizes)
+    run(reset, threads, None, new_absmax)
+    run(move, threads, sizes, params, grads, codes, absmax, new_absmax, sizes, steps, scales, k, inv_scale, rows)
+    run(requantize, threads, sizes, grads, codes, absmax, new_absmax, sizes, scales, k, inv_scale)
+    run(finish, threads, None, absmax, new_absmax, sizes)
 
 
 @inlined

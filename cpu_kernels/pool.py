@@ -26,14 +26,14 @@ NEXT, ACTIVE, CONTROL_SIZE = 8, 16, 24
 CLOSED = 1 << 62
 
 
-def run(function: Any, threads: int, elements: int | np.integer[Any], *args: Any) -> None:
+def run(function: Any, threads: int, sizes: Int64Array | None, *args: Any) -> None:
     """Run a kernel on several threads and return when all of them have left it.
 
     Args:
         function: A kernel whose first argument is the control block, see :func:`enter`.
         threads: How many threads may work, at least 1.
-        elements: How many elements there are to work on; few are served by the caller alone. 0 for a kernel that
-            does not pull its work, see :func:`pull`.
+        sizes: Element counts of the tensors; few elements are served by the caller alone. None for a kernel that does
+            not pull its work, see :func:`pull`.
         args: The other arguments of the kernel.
 
     Raises:
@@ -42,7 +42,7 @@ def run(function: Any, threads: int, elements: int | np.integer[Any], *args: Any
     if threads < 1:
         raise ValueError(f"Invalid threads: {threads}; at least 1 is needed")
     control = np.zeros(CONTROL_SIZE, np.int64)
-    if threads == 1 or elements <= SMALL:
+    if threads == 1 or sizes is None or sizes.sum() <= SMALL:
         function(control, *args)
         return
     close = _close_kernel()

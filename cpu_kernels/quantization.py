@@ -172,10 +172,10 @@ def quantize_blockwise(
     """
     sizes, shape = np.array([size], np.int64), (block_size, _chunk_size(block_size))
     if _is_dynamic(qmap):
-        run(_quantize_dynamic_kernel(dtype), threads, size, values, codes, absmax, sizes, *shape)
+        run(_quantize_dynamic_kernel(dtype), threads, sizes, values, codes, absmax, sizes, *shape)
     else:
         thresholds = quantize_thresholds(qmap)
-        run(_quantize_kernel(dtype), threads, size, values, codes, absmax, sizes, thresholds, *shape)
+        run(_quantize_kernel(dtype), threads, sizes, values, codes, absmax, sizes, thresholds, *shape)
 
 
 def dequantize_blockwise(
@@ -205,11 +205,11 @@ def dequantize_blockwise(
     """
     sizes, shape = np.array([size], np.int64), (block_size, _chunk_size(block_size))
     if _is_dynamic(qmap):
-        run(_dequantize_dynamic_kernel(dtype), threads, size, codes, absmax, values, sizes, *shape)
+        run(_dequantize_dynamic_kernel(dtype), threads, sizes, codes, absmax, values, sizes, *shape)
     else:
         quantize_thresholds(qmap)  # refuses what is no map
         qmap = qmap.copy()  # contiguous and writable, as the kernel's signature says
-        run(_dequantize_kernel(dtype), threads, size, codes, absmax, values, sizes, qmap, *shape)
+        run(_dequantize_kernel(dtype), threads, sizes, codes, absmax, values, sizes, qmap, *shape)
 
 
 def _is_dynamic(qmap: npt.NDArray[np.float32]) -> bool:

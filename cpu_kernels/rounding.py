@@ -100,7 +100,7 @@ def rows_of(weights: Weights, steps: Int64Array) -> npt.NDArray[np.int64]:
     rows = np.empty((steps.size, 4), np.int64)
     rows[:, SEED] = np.uint64(weights.seed).view(np.int64)
     rows[:, OFFSET], rows[:, PARAMETER] = weights.offsets, weights.parameters
-    run(_number_kernel(), 1, 0, steps, rows)
+    run(_number_kernel(), 1, None, steps, rows)
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lion import reference
 from lion._backends import Backend, Batch, LossScale, StaleBatch, StepCoefficients, Weights, for_device
-from lion._memory import addresses, sharding
+from lion._memory import addresses, looks, sharding
 from lion._options import HYPERPARAMETERS, check_group, check_value, rate_on_host
 from lion._parameters import Group, check_gradient, check_weights, parameter_name
 from lion._state import Form, State, adapted, form_of, put, rounding_seed_of
@@ -31,6 +31,8 @@ class Launch(NamedTuple):
 
 # A mesh, and the dimensions of it that a parameter is sharded over.
 _Shards: TypeAlias = "tuple[DeviceMesh, tuple[int, ...]]"
+
+_Picker: TypeAlias = Callable[[Sequence[Any]], Sequence[Any]]
 
 # Paged state updated by one kernel call, in bytes: it has to fit on a device beside everything else.
 _PORTION = 256 * 2**20
@@ -51,12 +53,12 @@ class _Member(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A batch of the plan, with the places of its parameters among all that have a gradient, and of their states."""
+    """A batch of the plan, with what picks its parameters out of all that have a gradient, and their states."""
 
     batch: Batch
     backend: Backend
-    members: list[int]
-    states: list[int]
+    members: _Picker
+    states: _Picker
     group: int
     override: Mapping[str, Any]
 
@@ -111,11 +113,11 @@ class Plan:
                 "A step cannot be captured before one with the same parameters, gradients, states and options was "
                 "taken: warm up with such steps first"
             )
-        self._ids = [id(member.p) for member in members]
+        self._ids = looks.identities([member.p for member in members])
         for member, new in [(m, adapted(states.get(m.p), m.p, m.form, m.name)) for m in members]:
             put(states, member.p, new)
-        self._order = list(map(id, states))
-        places = {identity: place for place, identity in enumerate(self._order)}
+        self._order = looks.identities(states)
+        places = {id(p): place for place, p in enumerate(states)}
         self._parts = [
             _part(members, numbers, states, places) for numbers in _together(members, [states[m.p] for m in members])
         ]
@@ -138,7 +140,7 @@ class Plan:
 
     def fits(self, params: Sequence[Tensor], signature: object) -> bool:
         """Return whether the plan was made for these parameters and options."""
-        return signature == self._signature and list(map(id, params)) == self._ids
+        return signature == self._signature and looks.identities(params) == self._ids
 
     def prepared(
         self,
@@ -161,7 +163,7 @@ class Plan:
         """
         steps = [_coefficients(groups[part.group], part.override, part.batch.device) for part in self._parts]
         # Found by their order, since a tensor's hash is a function in Python.
-        if list(map(id, states))[: len(self._order)] != self._order:
+        if not looks.identities(states).startswith(self._order):
             raise StaleBatch
         entries = list(states.values())
         prepared: list[Launch] = []
@@ -169,10 +171,8 @@ class Plan:
         numbers = self._numbers(groups, params) if seeded else []
         try:
             for part, step in zip(self._parts, steps, strict=True):
-                own, own_grads = [list(map(some.__getitem__, part.members)) for some in (params, grads)]
-                own_states = list(map(entries.__getitem__, part.states))
-                own_numbers = list(map(numbers.__getitem__, part.members)) if numbers else None
-                part.batch.take(own, own_grads, own_states, own_numbers)
+                own_numbers = part.members(numbers) if numbers else None
+                part.batch.take(part.members(params), part.members(grads), part.states(entries), own_numbers)
                 prepared.append(Launch(part.batch, step, part.backend))
         except BaseException:
             for launch in prepared:
@@ -298,8 +298,14 @@ def _part(
     grad_dtype, weights = first.p.grad.dtype, Weights(master_bits, first.seed)  # type: ignore[union-attr]
     own = [states[p] for p in params]
     batch = Batch(kind, first.percentile, params, own, in_memory_order, grad_dtype, weights)
-    own_places = [places[id(p)] for p in params]
-    return _Part(batch, for_device(batch.device), numbers, own_places, first.group, first.override)
+    picked, picked_states = _picker(numbers), _picker([places[id(p)] for p in params])
+    return _Part(batch, for_device(batch.device), picked, picked_states, first.group, first.override)
+
+
+def _picker(places: list[int]) -> _Picker:
+    """Return what picks the items at some places out of a list."""
+    together = range(places[0], places[-1] + 1)
+    return itemgetter(slice(together.start, together.stop)) if places == list(together) else itemgetter(*places)
 
 
 def _places(batch: Batch, places: Mapping[int, int]) -> Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from operator import attrgetter
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.autograd import profiler
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from lion import _dynamic_map
-from lion._backends import LossScale, StaleBatch, forgotten_on_error, requested
+from lion._backends import LossScale, StaleBatch, requested
 from lion._memory import paging, sharding
 from lion._options import (
     STATE_OPTIONS,
@@ -184,16 +187,32 @@ class Lion(Optimizer):
         if self._holds_fsdp1():
             self._step_supports_amp_scaling = False
 
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a step that calls hooks and shows in profiles, as torch's optimizers do, and is quick without them.
+
+        torch replaces an optimizer's step with it.
+
+        Args:
+            func: The step of a class.
+        """
+        watched = Optimizer.profile_hook_step(func)
+
+        # torch.compile calls it as it is: Numba has compiled it already, and hooks may come later.
+        @_disable_dynamo
+        @wraps(func)
+        def step(self: Lion, *args: Any, **kwargs: Any) -> Any:
+            # A closure may add hooks, too.
+            return (watched if args or kwargs or _is_watched(self) else func)(self, *args, **kwargs)
+
+        return step
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    # torch.compile calls it as it is: Numba has compiled it already.
-    @_disable_dynamo
-    @forgotten_on_error
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update all parameters that have a gradient.
 
@@ -209,6 +228,15 @@ class Lion(Optimizer):
             BaseException: Whatever stops a step halfway, an interrupt for instance. Its ``__cause__`` is then a
                 RuntimeError that names the parameters that have moved; the next step goes on from there.
         """
+        try:
+            # In less time than no_grad().
+            with torch.set_grad_enabled(False):
+                return self._step(closure)
+        except BaseException:
+            LossScale.forget(self)
+            raise
+
+    def _step(self, closure: Callable[[], float] | None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -383,6 +411,17 @@ class Lion(Optimizer):
         """Put a plan in front of those that are kept: which parameters have a gradient may change from step to step."""
         if not self._plans or self._plans[0] is not plan:
             self._plans = (plan, *(kept for kept in self._plans if kept is not plan))[:_KEPT_PLANS]
+
+
+def _is_watched(optimizer: Optimizer) -> bool:
+    """Return whether hooks or a profiler wait for an optimizer's steps."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+        or profiler._is_profiler_enabled
+    )
 
 
 def _check_no_model(params: object) -> None:

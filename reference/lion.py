@@ -45,13 +45,13 @@ def coefficients(lr: float, betas: tuple[float, float], weight_decay: float) -> 
     """
     beta1, beta2 = betas
     with np.errstate(over="ignore"):
-        # -0.0 is a legal learning rate; adding 0.0 drops its sign.
+        # -0.0 is a legal learning rate, and a legal weight; adding 0.0 drops its sign.
         rounded = Coefficients(
             np.float32(lr + 0.0),
             np.float32(1.0 - lr * weight_decay),
-            np.float32(beta1),
+            np.float32(beta1 + 0.0),
             np.float32(1.0 - beta1),
-            np.float32(beta2),
+            np.float32(beta2 + 0.0),
             np.float32(1.0 - beta2),
         )
     if not np.isfinite(rounded.lr):

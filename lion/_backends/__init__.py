@@ -2,7 +2,7 @@
 
 from lion._backends.batch import Batch, StaleBatch, Weights
 from lion._backends.cpu import CpuBackend
-from lion._backends.loss_scale import LossScale, forgotten_on_error
+from lion._backends.loss_scale import LossScale
 from lion._backends.protocol import DTYPES, Backend, StepCoefficients
 from lion._backends.reference import ReferenceBackend, as_numpy
 from lion._backends.selection import for_device, requested, use_backend
@@ -19,7 +19,6 @@ __all__ = [
     "Weights",
     "as_numpy",
     "for_device",
-    "forgotten_on_error",
     "requested",
     "use_backend",
 ]

@@ -11,20 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lion._memory import paging, sharding
+from lion._memory import looks, paging, sharding
+from lion._memory.looks import Look
 from lion._options import Kind
 
 State = dict[str, Any]
 
-_data_ptr = Tensor.data_ptr
 _numel = Tensor.numel
 _is_contiguous = Tensor.is_contiguous
 _is_neg = Tensor.is_neg
 _stride: Callable[[Tensor], tuple[int, ...]] = Tensor.stride
 _dtype = attrgetter("dtype")
-_nbytes = attrgetter("nbytes")
-_version = attrgetter("_version")
-_map = itemgetter("qmap1")
+_MAP = "qmap1"
 
 # Rows of a batch's table of addresses.
 PARAM, GRAD, STATE, ABSMAX, NEW_ABSMAX, SIZE, STEP, HISTORY, LOW, FIRST_ELEMENT, NUMBER = range(11)
@@ -102,27 +100,34 @@ class Batch:
         self.device = params[0].device
         self.dtype = params[0].dtype
         self.grad_dtype = grad_dtype or self.dtype
-        self._grad_dtypes = [self.grad_dtype] * len(params)
+        self._gradient_dtypes = [self.grad_dtype] * len(params)
         self.table = np.zeros((11, len(params)), np.int64)
         self.rows = tuple(self.table)
         operands = self._local(params)
         self._sizes = list(map(_numel, operands))
         self._strides = list(map(_stride, operands))
-        self._param_memory, self._dtypes = _memory(operands), [self.dtype] * len(params)
-        self.table[PARAM], self.table[SIZE] = self._param_memory[0], self._sizes
         self._in_memory_order = in_memory_order
         self._staged = not in_memory_order and not all(map(_is_contiguous, operands))
         self._lengths = list(map(len, states))
-        keys = [key for key in _ROWS if key in states[0]]
+        keys = [key for key in (*_ROWS, _MAP) if key in states[0]]
         self._entries = itemgetter(*keys)
-        tensors = list(chain.from_iterable(map(self._entries, states)))
+        tensors = self._tensors(states)
         local = self._local(tensors)
-        self._state_ids, self._state_memory = list(map(id, tensors)), _memory(local)
+        self._identities = looks.identities(tensors)
+        # What a step compares: parameters and states; and the gradients that it last took as they were.
+        kept, n = looks.look([*operands, *local]), len(params)
+        self._addresses, self._forms = kept.addresses.tobytes(), kept.forms
+        self._gradient_forms: Sequence[Any] = ()
+        self.table[PARAM], self.table[SIZE] = kept.addresses[:n], self._sizes
         for column, key in enumerate(keys):
-            self.table[_ROWS[key]] = self._state_memory[0][column :: len(keys)]
+            if key in _ROWS:
+                self.table[_ROWS[key]] = kept.addresses[n + column :: len(keys)]
+        # A place of each map, as a rule one for all. The kernels have its values built in.
+        places = range(keys.index(_MAP), len(tensors), len(keys)) if _MAP in keys else ()
+        self._map_places = list({id(tensors[place]): place for place in places}.values())
+        self._map_versions = self._versions(tensors)
         self.paged = paging.ranges(local)
         self.table[FIRST_ELEMENT] = list(map(sharding.first_element, params)) if weights.seed is not None else 0
-        self._maps = None if kind is Kind.FLOAT32 else _versions(states)
         self.params: Sequence[Tensor] = ()
         self._states: Sequence[State] = ()
         self._in_place: Sequence[Tensor] = ()
@@ -161,57 +166,58 @@ class Batch:
         Raises:
             StaleBatch: If a tensor changed its dtype, shape or place since the batch was made.
         """
-        operands = self._local(params)
-        if not (self._params_fit(operands) and self._states_fit(states)):
+        operands, tensors = self._local(params), self._tensors(states)
+        look = looks.look([*operands, *self._local(tensors), *grads])
+        if look.missing or not self._fits(look, tensors, states):
             raise StaleBatch
         self.params, self._states = params, states
         self.operands = self._in_place = operands
         if self._staged:
             self.operands = [p.detach().contiguous() for p in operands]
-            self.table[PARAM] = self._addresses(self.operands)
-        self._take_gradients(grads)
+            self.table[PARAM] = _addresses(self.operands)
+        self._take_gradients(grads, look)
         if numbers is not None:
             self.table[NUMBER] = numbers
 
-    def _params_fit(self, operands: Sequence[Tensor]) -> bool:
-        # With the sizes, the strides tell the shapes.
+    def _tensors(self, states: Sequence[State]) -> list[Tensor]:
+        return list(chain.from_iterable(map(self._entries, states)))
+
+    def _fits(self, look: Look, tensors: Sequence[Tensor], states: Sequence[State]) -> bool:
+        """Return whether parameters and states are as they were when the batch was made."""
         return (
-            _memory(operands) == self._param_memory
-            and list(map(_dtype, operands)) == self._dtypes
-            and list(map(_stride, operands)) == self._strides
+            look.addresses[: -len(states)].tobytes() == self._addresses
+            and look.forms[: len(self._forms)] == self._forms
+            and list(map(len, states)) == self._lengths
+            and looks.identities(tensors) == self._identities
+            and self._versions(tensors) == self._map_versions
         )
 
-    def _states_fit(self, states: Sequence[State]) -> bool:
-        tensors = list(chain.from_iterable(map(self._entries, states)))
-        return (
-            list(map(len, states)) == self._lengths
-            and list(map(id, tensors)) == self._state_ids
-            and _memory(self._local(tensors)) == self._state_memory
-            and (self._maps is None or _versions(states) == self._maps)
-        )
+    def _versions(self, tensors: Sequence[Tensor]) -> list[int]:
+        return [tensors[place]._version for place in self._map_places]
 
-    def _take_gradients(self, grads: Sequence[Tensor]) -> None:
+    def _take_gradients(self, grads: Sequence[Tensor], look: Look) -> None:
         """Take gradients, or copies whose elements lie in memory as those of the operands do."""
-        if list(map(_numel, grads)) != self._sizes or list(map(_dtype, grads)) != self._grad_dtypes:
-            raise StaleBatch
+        self.gradients, forms = grads, look.forms[len(self._forms) :]
         negative = any(map(_is_neg, grads))
-        self.gradients = grads
-        if self._in_memory_order:
-            if negative or list(map(_stride, grads)) != self._strides:
-                self.gradients = [
-                    torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
-                    for g, strides in zip(grads, self._strides, strict=True)
-                ]
-        elif negative or not all(map(_is_contiguous, grads)):
-            self.gradients = [g.resolve_neg().contiguous() for g in grads]
-        self.table[GRAD] = self._addresses(self.gradients)
+        if forms != self._gradient_forms or negative:
+            if list(map(_numel, grads)) != self._sizes or list(map(_dtype, grads)) != self._gradient_dtypes:
+                raise StaleBatch
+            if self._in_memory_order:
+                fit = list(map(_stride, grads)) == self._strides
+            else:
+                fit = all(map(_is_contiguous, grads))
+            if not fit or negative:
+                self.gradients = list(map(self._copied, grads, self._strides))
+                self.table[GRAD] = _addresses(self.gradients)
+                return
+            self._gradient_forms = forms
+        self.table[GRAD] = look.addresses[-len(grads) :]
 
-    def _addresses(self, tensors: Sequence[Tensor]) -> list[int]:
-        addresses = list(map(_data_ptr, tensors))
-        # Memory that a program took away, and copies that have none.
-        if not all(addresses) and any(size and not at for size, at in zip(self._sizes, addresses, strict=True)):
-            raise StaleBatch
-        return addresses
+    def _copied(self, grad: Tensor, strides: Sequence[int]) -> Tensor:
+        """Return a gradient, or a copy of it, whose elements lie in memory as those of its parameter do."""
+        if self._in_memory_order:
+            return torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
+        return grad.resolve_neg().contiguous()
 
     def finish(self) -> None:
         """Write staged parameters back into their own storage and let go of all tensors."""
@@ -227,12 +233,9 @@ class Batch:
         self.squared_norms = None
 
 
-def _memory(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """Return where tensors are: addresses and sizes in bytes."""
-    return list(map(_data_ptr, tensors)), list(map(_nbytes, tensors))
-
-
-def _versions(states: Sequence[State]) -> tuple[list[int], list[int]]:
-    """Return what tells whether the maps of states were replaced or written to; the kernels have them built in."""
-    maps = list(map(_map, states))
-    return list(map(id, maps)), list(map(_version, maps))
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Return where copies are, which have no memory under torch's FakeTensorMode, for one."""
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    if not all(at or not tensor.numel() for at, tensor in zip(addresses, tensors, strict=True)):
+        raise StaleBatch
+    return addresses

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,6 +15,7 @@ from lion._backends.loss_scale import LossScale
 from lion._backends.protocol import DTYPES, StepCoefficients
 from lion._options import Kind
 from lion.cpu_kernels import Master, Stochastic
+from lion.reference import Coefficients
 
 
 class CpuBackend:
@@ -25,9 +29,9 @@ class CpuBackend:
             return
         params, grads, states, absmax, new_absmax, sizes, steps, histories = batch.rows[:LOW]
         dtype, threads = DTYPES[batch.dtype], torch.get_num_threads()
-        k = np.array(step.values)
-        scales = np.ones(len(sizes), np.float32)
+        k, scales = _array(step.values), _unscaled(len(sizes))
         if batch.percentile < 100:
+            scales = np.empty(len(sizes), np.float32)
             norms = self.squared_norms(batch, step, loss_scale) if batch.squared_norms is None else batch.squared_norms
             cpu_kernels.percentile_clipping(norms.numpy(), histories, steps, scales, batch.percentile, threads)
         weights = _weights_of(batch)
@@ -82,6 +86,16 @@ class CpuBackend:
         scales = np.ones(1, np.float32)
         cpu_kernels.percentile_clipping(norms, histories, steps, scales, percentile, 1)
         return torch.from_numpy(scales)[0]
+
+
+@lru_cache
+def _array(values: Coefficients) -> npt.NDArray[np.float32]:
+    return np.array(values)
+
+
+@lru_cache
+def _unscaled(count: int) -> npt.NDArray[np.float32]:
+    return np.ones(count, np.float32)
 
 
 def _weights_of(batch: Batch) -> Master | Stochastic | None:

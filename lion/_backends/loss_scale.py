@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-
-_Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
 class LossScale(NamedTuple):
@@ -33,10 +29,16 @@ class LossScale(NamedTuple):
             TypeError: If one of them is neither a number nor a tensor.
             ValueError: If one of them is a tensor of more than one element.
         """
-        return cls(
-            _scalar("grad_scale", getattr(optimizer, "grad_scale", None)),
-            _scalar("found_inf", getattr(optimizer, "found_inf", None)),
-        )
+        grad_scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if grad_scale is None and found_inf is None:
+            return _NOT_SCALED
+        return cls(_scalar("grad_scale", grad_scale), _scalar("found_inf", found_inf))
+
+    @classmethod
+    def forget(cls, optimizer: object) -> None:
+        """Take the attributes away from an optimizer, whose next step would take them for its own."""
+        for name in cls._fields:
+            vars(optimizer).pop(name, None)
 
     def inv_scale(self) -> np.float32:
         """Return the factor of the gradients; waits for the device that the scale is on."""
@@ -54,19 +56,7 @@ class LossScale(NamedTuple):
         return self.found_inf is not None and self.found_inf.item() != 0
 
 
-def forgotten_on_error(step: _Step) -> _Step:
-    """Make a step that raises leave no scale behind on its optimizer, where the next one would take it for its own."""
-
-    @functools.wraps(step)
-    def forgetting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return step(self, *args, **kwargs)
-        except BaseException:
-            for name in LossScale._fields:
-                vars(self).pop(name, None)
-            raise
-
-    return cast(_Step, forgetting)
+_NOT_SCALED = LossScale(None, None)
 
 
 def _scalar(name: str, value: Any) -> Tensor | None:

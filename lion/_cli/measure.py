@@ -113,10 +113,10 @@ def bound(params: list[nn.Parameter], state_itemsize: int) -> Step:
     tables = [np.array([t.data_ptr() for t in tensors], np.int64) for tensors in (copies, grads, states)]
     sizes = np.array([p.numel() for p in params], np.int64)
     per_word = 4 // params[0].element_size(), 4 // state_itemsize
-    stream, elements = _stream_kernel(), int(sizes.sum())
+    stream = _stream_kernel()
 
     def step(keep_alive: Any = (copies, grads, states)) -> None:
-        run(stream, torch.get_num_threads(), elements, *tables, sizes, *per_word)
+        run(stream, torch.get_num_threads(), sizes, *tables, sizes, *per_word)
 
     return step
 

@@ -199,7 +199,7 @@ def test_a_worker_that_comes_after_an_interruption_finds_no_work(fresh_pool: poo
 
     fresh_pool.submit(1, resume.wait)
     with pytest.raises(KeyboardInterrupt):
-        pool.run(interrupted, 2, 300_000, *arguments)
+        pool.run(interrupted, 2, np.array([300_000]), *arguments)
     resume.set()
     fresh_pool.submit(1, done.set)
     assert done.wait(60)
@@ -238,6 +238,8 @@ def test_a_failing_kernel_raises_for_its_caller() -> None:
     """The worker meets the same failure, reports nothing of its own, and lives on."""
     sizes = np.zeros(1, np.int64)
     with pytest.raises(TypeError):
-        pool.run(cpu_kernels.lion._update_32bit_kernel("float32", "float32", mode=0), 2, 1 << 21, "no table")
+        pool.run(
+            cpu_kernels.lion._update_32bit_kernel("float32", "float32", mode=0), 2, np.array([1 << 21]), "no table"
+        )
     stepped(0, 1)
     cpu_kernels.squared_norm("float32", sizes, sizes, 2)

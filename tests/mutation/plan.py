@@ -57,6 +57,7 @@ _BATCH = (
     _tests("optimizers/test_tensors.py", "fuzzing/test_memory.py", "distributed/test_one_process.py"),
     _tests("optimizers/test_contract.py", "optimizers/test_programs.py", "failures", "optimizers/test_numbers.py"),
     _WEIGHTS,
+    _tests("weights16/test_sharded.py"),
 )
 _COMPUTING = (
     _tests("optimizers/test_numbers.py"),
@@ -134,6 +135,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     ),
     "cpu_kernels/avx512.py": (_kernels("at_thresholds"), _kernels("8bit or fast_code or every_code")),
     "cpu_kernels/vectors.py": (_tests("differential/test_cpu_lookups.py"), _kernels("at_thresholds")),
+    "cpu_kernels/dlpack.py": (_tests("optimizers/test_looks.py"),),
     "lion/_backends/batch.py": _BATCH,
     "lion/_backends/cpu.py": _COMPUTING,
     "lion/_backends/loss_scale.py": (
@@ -142,6 +144,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     ),
     "lion/_backends/reference.py": _COMPUTING,
     "lion/_backends/selection.py": _COMPUTING,
+    "lion/_memory/looks.py": (_tests("optimizers/test_looks.py"),),
     "lion/_memory/objects.py": (_tests("situations/test_swapped_parameters.py"),),
     "lion/_memory/paging.py": (_tests("paging/test_paged.py", "paging/test_fork.py", "paging/test_errors.py"),),
     "lion/_memory/sharding.py": (

@@ -221,10 +221,10 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "SMALL = 1 << 19",
         ),
         (
-            "if threads == 1 or elements <= SMALL:",
+            "if threads == 1 or sizes is None or sizes.sum() <= SMALL:",
             "where a caller begins to wake threads: speed only",
-            "if threads == 1 or elements < SMALL:",
-            "if threads == 1 or elements > SMALL:",
+            "if threads == 1 or sizes is None or sizes.sum() < SMALL:",
+            "if threads == 1 or sizes is None or sizes.sum() > SMALL:",
         ),
         (
             "NEXT, ACTIVE, CONTROL_SIZE = 8, 16, 24",
@@ -242,9 +242,9 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "CLOSED = 1 << 61",
         ),
         (
-            "if threads == 1 or elements <= SMALL:",
+            "if threads == 1 or sizes is None or sizes.sum() <= SMALL:",
             "there are never 0 threads here",
-            "if threads == 0 or elements <= SMALL:",
+            "if threads == 0 or sizes is None or sizes.sum() <= SMALL:",
         ),
         (
             "return tensor, first, 0, 0",
@@ -365,6 +365,40 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "assert (encoded >= k << 16).all() and (encoded <= (k + 1) << 16).all()",
             _CHECKED_LESS,
             "assert (encoded >= k >> 16).all() and (encoded <= (k + 1) << 16).all()",
+        ),
+    ),
+    "cpu_kernels/dlpack.py": (
+        (
+            "_CACHE_LINE = 16  # items of 4 bytes, of which it takes 12",
+            _ROOM,
+            "_CACHE_LINE = 17  # items of 4 bytes, of which it takes 12",
+            "_CACHE_LINE = 15  # items of 4 bytes, of which it takes 12",
+        ),
+        (
+            "forms = np.empty(8 * len(objects), np.int64)",
+            "where there is too little, there is a second pass",
+            "forms = np.empty( 9 * len(objects), np.int64)",
+            "forms = np.empty( 7 * len(objects), np.int64)",
+        ),
+        (
+            "if report[_USED] > len(forms):",
+            "a second pass sees the same",
+            "if report[_USED] >= len(forms):",
+        ),
+        (
+            "report[_USED] = -1",
+            "whatever is negative",
+            "report[_USED] = - 2",
+        ),
+        (
+            "report[_MISSING] = 1",
+            "whatever is not 0",
+            "report[_MISSING] = 2",
+        ),
+        (
+            "with builder.if_then(failed, likely=False):",
+            "a hint",
+            "with builder.if_then(failed, likely=True):",
         ),
     ),
     "cpu_kernels/avx512.py": (
@@ -518,9 +552,15 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "self.dtype = params[ -1].dtype",
         ),
         (
-            "keys = [key for key in _ROWS if key in states[0]]",
+            "keys = [key for key in (*_ROWS, _MAP) if key in states[0]]",
             "all are alike",
-            "keys = [key for key in _ROWS if key in states[ -1]]",
+            "keys = [key for key in (*_ROWS, _MAP) if key in states[ -1]]",
+        ),
+        (
+            "self.table[FIRST_ELEMENT] = list(map(sharding.first_element, params)) if weights.seed is not None else 0",
+            "without rounding at random nobody reads it",
+            "self.table[FIRST_ELEMENT] = list(map(sharding.first_element, params)) if weights.seed is not None else 1",
+            "self.table[FIRST_ELEMENT] = list(map(sharding.first_element, params)) if weights.seed is not None else -1",
         ),
         (
             "self.table = np.zeros((11, len(params)), np.int64)",

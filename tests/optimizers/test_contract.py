@@ -160,6 +160,42 @@ def test_global_step_hooks():
 
 
 @every_kind
+def test_hooks_that_a_closure_adds_are_called_after_its_step(make):
+    p = parameter(3)
+    optimizer = make([p])
+    seen = []
+
+    def closure():
+        handles.append(optimizer.register_step_post_hook(lambda *_: seen.append("own")))
+        handles.append(register_optimizer_step_post_hook(lambda *_: seen.append("global")))
+        return 1.0
+
+    for arguments, keywords in (((closure,), {}), ((), {"closure": closure})):
+        handles = []
+        try:
+            optimizer.step(*arguments, **keywords)
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert seen == ["own", "global"]
+        seen.clear()
+
+
+@pytest.mark.parametrize("profile", [torch.profiler.profile, torch.autograd.profiler.profile])
+@every_kind
+def test_a_profile_shows_steps(make, profile):
+    p = parameter(3)
+    p.grad = torch.ones(3)
+    optimizer = make([p])
+    optimizer.step()
+    with profile() as seen:
+        optimizer.step()
+    optimizer.step()
+    shown = [(event.key, event.count) for event in seen.key_averages() if event.key.startswith("Optimizer.step")]
+    assert shown == [(f"Optimizer.step#{type(optimizer).__name__}.step", 1)]
+
+
+@every_kind
 def test_state_dict_hooks(make):
     p = parameter(5000)
     optimizer = make([p])

@@ -18,8 +18,10 @@ from torch import nn
 
 import lion
 from lion import reference
+from lion._memory import looks
 from tests.optimizers.support import DTYPES, QMAP, VARIANTS, ByHand, parameter, set_gradients
 
+_DESCRIBE = looks._DESCRIBE
 SIZES = (0, 1, 255, 600, 4096, 100_000)  # the last one is paged where asked
 OPTIONS = {
     "optim_bits": st.sampled_from([8, 32]),
@@ -78,8 +80,15 @@ def then_step(**strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., N
 class Program(RuleBasedStateMachine):
     """An optimizer, and by-hand copies of its parameters."""
 
-    @initialize(make=st.sampled_from(list(VARIANTS.values())), seed=some_seed, count=st.integers(1, 5))
-    def make(self, make, seed, count):
+    @initialize(
+        make=st.sampled_from(list(VARIANTS.values())),
+        seed=some_seed,
+        count=st.integers(1, 5),
+        in_one_pass=st.booleans(),
+    )
+    def make(self, make, seed, count, in_one_pass):
+        # Tensors are looked at by torch's function in C, or one by one, as with older releases of torch.
+        looks._DESCRIBE = _DESCRIBE if in_one_pass else None
         self.manager = lion.GlobalOptimManager.get_instance()
         self.manager.initialize()
         self.params, self.copies, self.overrides, self.kept = [], [], [], []
@@ -89,6 +98,7 @@ class Program(RuleBasedStateMachine):
         self.optimizer = make(self.params, lr=1e-3, min_8bit_size=0)
 
     def teardown(self):
+        looks._DESCRIBE = _DESCRIBE
         lion.GlobalOptimManager.get_instance().initialize()
 
     def new_parameter(self, seed):

@@ -58,8 +58,9 @@ def test_coefficients_are_the_nearest_float32(hyperparameters):
     assert [Fraction(float(x)) for x in k] == [exact.float32(Fraction(x)) for x in exact_values]
 
 
-def test_negative_zero_learning_rate_is_zero():
-    assert_same_bits(coefficients(-0.0, (0.9, 0.99), 0.0).lr, F(0))
+def test_negative_zeros_are_zeros():
+    negative, positive = coefficients(-0.0, (-0.0, -0.0), 0.0), coefficients(0.0, (0.0, 0.0), 0.0)
+    assert_same_bits(np.array(negative), np.array(positive))
 
 
 @pytest.mark.parametrize("lr", [float("inf"), float("nan"), 1e39])

@@ -103,6 +103,28 @@ def test_a_compiled_training_function(make: Variant, backend: str, extras: bool)
     assert_same((model, optimizer), trained(make))
 
 
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_hooks_and_profilers_that_come_after_compiling_see_steps(cls: type[lion.Lion]) -> None:
+    model = network()
+    optimizer = cls(model.parameters(), **OPTIONS)
+    calls: list[str] = []
+
+    @torch.compile(backend="eager")
+    def train(x: Tensor) -> None:
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    for _ in range(3):
+        train(torch.ones(4, 64))
+    hook = optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(torch.ones(4, 64))
+    hook.remove()
+    with torch.profiler.profile() as seen:
+        train(torch.ones(4, 64))
+    assert calls == ["after"]
+    assert f"Optimizer.step#{cls.__name__}.step" in [event.key for event in seen.key_averages()]
+
+
 @every_kind
 def test_a_closure(make: Variant) -> None:
     model = network()
