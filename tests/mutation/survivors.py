@@ -114,6 +114,11 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "cpu_kernels/quantization.py": (
         (
+            "sure = True",
+            "all blocks are quantized a second time: speed only",
+            "sure = False",
+        ),
+        (
             "return block_size * max(1, CHUNK // block_size)",
             _LARGE_CHUNKS,
             "return block_size * max(1, CHUNK * block_size)",
@@ -365,6 +370,21 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "assert (encoded >= k << 16).all() and (encoded <= (k + 1) << 16).all()",
             _CHECKED_LESS,
             "assert (encoded >= k >> 16).all() and (encoded <= (k + 1) << 16).all()",
+        ),
+        (
+            "code = builder.zext(builder.load(at(builder, codes, i, I8), align=1), I64)",
+            "x86 loads and stores at any address",
+            "code = builder.zext(builder.load(at(builder, codes, i, I8), align= 2), I64)",
+        ),
+        (
+            "words = [builder.load(at(builder, codes, 16 * i, EIGHT_WORDS), align=1) for i in range(2)]",
+            "x86 loads and stores whole vectors at any address",
+            "words = [builder.load(at(builder, codes, 16 * i, EIGHT_WORDS), align= 2) for i in range(2)]",
+        ),
+        (
+            "looked_up = _look_up(builder, codes, range(17, 32, 2))",
+            "the range ends at the same number",
+            "looked_up = _look_up(builder, codes, range(17, 33, 2))",
         ),
     ),
     "cpu_kernels/dlpack.py": (
