@@ -10,7 +10,7 @@ import pytest
 
 from lion import reference
 from lion.cpu_kernels import avx2, avx512
-from tests.comparing import assert_same_bits
+from tests.comparing import assert_same_bits, guarded
 from tests.differential import llvm_in_numpy
 from tests.differential.every_float import THRESHOLDS, around
 
@@ -25,15 +25,15 @@ pytestmark = [
 
 def dequantize(grouped: ModuleType, paired: bool, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Return the values of groups of codes."""
+    run, parts = (grouped.dequantize_pairs, 2) if paired else (grouped.dequantize_group, 1)
     values = np.empty((codes.size // grouped.GROUP, grouped.GROUP), np.float32)
     for i, group in enumerate(values):
-        address = codes[i * grouped.GROUP :].ctypes.data
-        if paired:
-            halves = np.empty((2, grouped.GROUP // 2), np.float32)
-            llvm_in_numpy.run(grouped.dequantize_pairs, address, *(half.ctypes.data for half in halves))
-            group[::2], group[1::2] = halves
-        else:
-            llvm_in_numpy.run(grouped.dequantize_group, address, group.ctypes.data)
+        buffers = [guarded((grouped.GROUP // parts,), np.float32) for _ in range(parts)]
+        addresses = [buffer.array.ctypes.data for buffer in buffers]
+        llvm_in_numpy.run(run, codes[i * grouped.GROUP :].ctypes.data, *addresses)
+        for place, buffer in enumerate(buffers):
+            group[place::parts] = buffer.array
+            buffer.check()
     return values.reshape(-1)
 
 
@@ -41,13 +41,15 @@ def quantize(
     grouped: ModuleType, paired: bool, values: npt.NDArray[np.float32], reciprocal: np.float32 = ONE
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     """Return the codes of groups of values, the last one filled up, and which groups are sure."""
+    run, parts = (grouped.quantize_pairs, 2) if paired else (grouped.quantize_group, 1)
     groups = np.resize(values, (-(-values.size // grouped.GROUP), grouped.GROUP))
     codes, sure = np.empty(groups.shape, np.uint8), np.empty(len(groups), np.bool_)
     for i, group in enumerate(groups):
-        parts = np.ascontiguousarray(group.reshape(-1, 2).T) if paired else [group]
-        run = grouped.quantize_pairs if paired else grouped.quantize_group
-        addresses = [part.ctypes.data for part in parts]
-        sure[i] = llvm_in_numpy.run(run, *addresses, reciprocal, codes[i].ctypes.data)
+        buffer = guarded((grouped.GROUP,), np.uint8)
+        ordered = np.ascontiguousarray(group.reshape(-1, parts).T)
+        sure[i] = llvm_in_numpy.run(run, *(part.ctypes.data for part in ordered), reciprocal, buffer.array.ctypes.data)
+        codes[i] = buffer.array
+        buffer.check()
     return codes.reshape(-1)[: values.size], sure
 
 

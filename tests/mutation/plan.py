@@ -131,6 +131,7 @@ MODULES: dict[str, tuple[Run, ...]] = {
     "cpu_kernels/avx2.py": (
         _tests("differential/test_cpu_lookups.py"),
         _kernels("8bit or at_thresholds or every_code", lookups=avx2.NAME),
+        _kernels("other_code"),
     ),
     "cpu_kernels/avx512.py": (_kernels("at_thresholds"), _kernels("8bit or fast_code or every_code")),
     "cpu_kernels/vectors.py": (_tests("differential/test_cpu_lookups.py"), _kernels("at_thresholds")),

@@ -9,6 +9,8 @@ _ALONE = "the caller works alone up to pool.SMALL elements"
 _NOT_NORMAL = "what is below the normal numbers is stored as 0"
 _LARGE_CHUNKS = "larger chunks of work, fewer threads get one: speed only"
 _UNUSED = "the value goes nowhere"
+_OTHER_FUNCTION = "another linear function is found, or the same one: it is checked for every entry"
+_CHECKED_LESS = "what holds is checked for less at import"
 
 # By module: a line, why nothing can tell, what it became.
 SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -112,6 +114,11 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "cpu_kernels/quantization.py": (
         (
+            "sure = True",
+            "all blocks are quantized a second time: speed only",
+            "sure = False",
+        ),
+        (
             "return block_size * max(1, CHUNK // block_size)",
             _LARGE_CHUNKS,
             "return block_size * max(1, CHUNK * block_size)",
@@ -174,10 +181,10 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "SPAN = 257",
         ),
         (
-            "return np.empty((0, 0), np.int64)",
+            "_NO_ROWS = np.empty((0, 0), np.int64)",
             "rows that nobody reads",
-            "return np.empty(( 1, 0), np.int64)",
-            "return np.empty((0, 1), np.int64)",
+            "_NO_ROWS = np.empty(( 1, 0), np.int64)",
+            "_NO_ROWS = np.empty((0, 1), np.int64)",
         ),
         (
             "return weights.lows.reshape(-1, 1)",
@@ -326,6 +333,58 @@ SURVIVORS: dict[str, tuple[tuple[str, ...], ...]] = {
             "builder.store(value, _pointer(builder, args[1], args[2], item), align=1)",
             "x86 loads and stores at any address",
             "builder.store(value, _pointer(builder, args[1], args[2], item), align= 2)",
+        ),
+    ),
+    "cpu_kernels/avx2.py": (
+        (
+            "_SIGN, _MAGNITUDE, _SIGN_AND_EXPONENT = -(1 << 31), 0x7FFFFFFF, -(1 << 23)",
+            "the same 32 bits; or a few values in the middle of wide intervals are no longer sure: speed only",
+            "_SIGN, _MAGNITUDE, _SIGN_AND_EXPONENT = (1 << 31), 0x7FFFFFFF, -(1 << 23)",
+            "_SIGN, _MAGNITUDE, _SIGN_AND_EXPONENT = -(1 << 30), 0x7FFFFFFF, -(1 << 23)",
+        ),
+        (
+            "for a in (first.view(np.int32) + np.arange(0, -4, -1, dtype=np.int32)).view(np.float32):",
+            _OTHER_FUNCTION,
+            "for a in (first.view(np.int32) + np.arange( 1, -4, -1, dtype=np.int32)).view(np.float32):",
+            "for a in (first.view(np.int32) + np.arange( -1, -4, -1, dtype=np.int32)).view(np.float32):",
+            "for a in (first.view(np.int32) + np.arange(0, - 5, -1, dtype=np.int32)).view(np.float32):",
+            "for a in (first.view(np.int32) + np.arange(0, - 3, -1, dtype=np.int32)).view(np.float32):",
+        ),
+        (
+            "for b in (step.view(np.int32) + np.arange(0, -8, -1, dtype=np.int32)).view(np.float32):",
+            _OTHER_FUNCTION,
+            "for b in (step.view(np.int32) + np.arange(0, -8, - 2, dtype=np.int32)).view(np.float32):",
+        ),
+        (
+            "if lacking.min() >= 0 and lacking.max() <= 3 and lacking[k >= 124].max(initial=0) <= 1:",
+            "what is found lacks that little in any case",
+            "if lacking.min() >= 0 and lacking.max() <= 3 and lacking[k > 124].max(initial=0) <= 1:",
+            "if lacking.min() >= 0 and lacking.max() <= 4 and lacking[k >= 124].max(initial=0) <= 1:",
+        ),
+        (
+            "_LEAST, _GREATEST = np.float32(2.0**-23), np.float32(1 + 2.0**-20)  # what is smaller has the code 0",
+            _CHECKED_LESS,
+            "_LEAST, _GREATEST = np.float32(2.0**-23), np.float32(1 - 2.0**-20)  # what is smaller has the code 0",
+        ),
+        (
+            "assert (encoded >= k << 16).all() and (encoded <= (k + 1) << 16).all()",
+            _CHECKED_LESS,
+            "assert (encoded >= k >> 16).all() and (encoded <= (k + 1) << 16).all()",
+        ),
+        (
+            "code = builder.zext(builder.load(at(builder, codes, i, I8), align=1), I64)",
+            "x86 loads and stores at any address",
+            "code = builder.zext(builder.load(at(builder, codes, i, I8), align= 2), I64)",
+        ),
+        (
+            "words = [builder.load(at(builder, codes, 16 * i, EIGHT_WORDS), align=1) for i in range(2)]",
+            "x86 loads and stores whole vectors at any address",
+            "words = [builder.load(at(builder, codes, 16 * i, EIGHT_WORDS), align= 2) for i in range(2)]",
+        ),
+        (
+            "looked_up = _look_up(builder, codes, range(17, 32, 2))",
+            "the range ends at the same number",
+            "looked_up = _look_up(builder, codes, range(17, 33, 2))",
         ),
     ),
     "cpu_kernels/dlpack.py": (
