@@ -47,7 +47,8 @@ def cpu_runs(name: str) -> Runs:
     for run in json.loads((FOLDER / name).read_text())["runs"]:
         rows = {}
         for name, row in run["rows"].items():
-            if not name.startswith("bound"):
+            # What other ways of keeping weights cost has a table of its own.
+            if not name.startswith("bound") and not name.endswith(tuple(f", {way}" for way in WAYS_OF_KEEPING)):
                 numbers = row["nanoseconds_per_parameter"]
                 rows[name.removeprefix("numba-lion ")] = {
                     **numbers,
