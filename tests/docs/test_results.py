@@ -49,7 +49,7 @@ def test_tables_are_those_of_the_results(page: Path) -> None:
 
 def test_the_tables_come_from_the_results() -> None:
     text = (results.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    changed = text.replace("| `Lion` | 9.61; 103%", "| `Lion` | 9.62; 103%")
+    changed = re.sub(r"(\| `Lion` \| )[\d.]+", r"\g<1>1234", text, count=1)
     assert changed != text == results.rewritten(changed)
 
 
