@@ -8,6 +8,7 @@ from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -238,9 +239,10 @@ class Batch:
         self.squared_norms = None
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+def _addresses(tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
     """Return where copies are, which have no memory under torch's FakeTensorMode, for one."""
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    if not all(at or not tensor.numel() for at, tensor in zip(addresses, tensors, strict=True)):
+    # torch's function in C would warn of fake ones on the standard error.
+    seen = looks.asked(tensors)
+    if seen.missing:
         raise StaleBatch
-    return addresses
+    return seen.addresses
